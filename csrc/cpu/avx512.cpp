@@ -1,0 +1,65 @@
+// AVX-512 (F, BW, DQ, VL) without VNNI: vpmaddwd on 16-bit words, 512 bits wide.
+#include "cpu/lanes.h"
+
+namespace olive {
+namespace avx512 {
+namespace {
+
+#include "cpu/encode.inl"
+
+#include "cpu/decode.inl"
+
+#include "cpu/activations.inl"
+
+#include "cpu/linear_common.inl"
+
+#include "cpu/decode_avx512.inl"
+
+struct Decoder {
+  Decoder512 levels;
+  bool is_int8;
+
+  explicit Decoder(const Codebook& book) : levels(book, 0), is_int8(book.is_int8) {}
+
+  static void widen(__m512i bytes, int16_t* to) {
+    store(to, _mm512_cvtepi8_epi16(_mm512_castsi512_si256(bytes)));
+    store(to + 32, _mm512_cvtepi8_epi16(_mm512_extracti64x4_epi64(bytes, 1)));
+  }
+
+  // To 16-bit levels; false = the codebook has levels that are no int8.
+  bool decode(const uint8_t* codes, const int16_t* stored, int block, int16_t* words) const {
+    if (!is_int8) return false;
+    const __mmask64 plain = Decoder512::plain_bytes(stored);
+    for (int vector = 0; vector < block / kPackColumns; ++vector) {
+      __m512i even, odd;
+      levels(load<__m512i>(codes + vector * kVectorBytes), plain, &even, &odd);
+      widen(even, words + vector * 2 * kVectorBytes);
+      widen(odd, words + (vector * 2 + 1) * kVectorBytes);
+    }
+    return true;
+  }
+};
+
+// Two vectors of 8 rows x 4 columns per step; each 32-bit lane sums two columns.
+inline I16 multiply_block(const int16_t* words, const int16_t* x, int block) {
+  __m512i first = _mm512_setzero_si512(), second = first;
+  for (int step = 0; step < block / 4; ++step) {
+    const __m512i four = _mm512_set1_epi64(load<int64_t>(x + 4 * step));
+    first = _mm512_add_epi32(first, _mm512_madd_epi16(load<__m512i>(words + step * kVectorBytes), four));
+    second = _mm512_add_epi32(second, _mm512_madd_epi16(load<__m512i>(words + step * kVectorBytes + 32), four));
+  }
+  const I16 low = reinterpret_cast<I16>(first), high = reinterpret_cast<I16>(second);
+  return __builtin_shuffle(low, high, I16{0, 2, 4, 6, 8, 10, 12, 14, 16, 18, 20, 22, 24, 26, 28, 30}) +
+         __builtin_shuffle(low, high, I16{1, 3, 5, 7, 9, 11, 13, 15, 17, 19, 21, 23, 25, 27, 29, 31});
+}
+
+#include "cpu/linear_words.inl"
+
+}  // namespace
+
+Kernels kernels() {
+  return {convert_rows, linear, false, 1, search_rows, row_statistics, row_errors, encode_rows, decode_rows};
+}
+
+}  // namespace avx512
+}  // namespace olive

@@ -1,0 +1,111 @@
+// What each instruction set provides, and the structures the kernels share. Nothing here knows Torch or Python.
+#pragma once
+
+#include <cstdint>
+
+#include "core/floats.h"
+#include "core/ovp.h"
+
+namespace olive {
+
+enum class Isa : int { portable = 0, avx2 = 1, avx512 = 2, avx512_vnni = 3, amx = 4 };
+constexpr int kIsaCount = 5;
+
+constexpr int kPackRows = 16;    // rows interleaved in a packed block
+constexpr int kPackColumns = 8;  // columns in one 32-bit lane of it
+constexpr int kVectorBytes = 64;
+
+// One weight [N, K] and its activations [M, K], packed for the kernels.
+//
+// Activations are block fixed-point numbers: per row and block of columns, x ~ q * scale with the scale a power of
+// two. bfloat16 and float16 take q of 15 bits, |q| <= 2^14; float32 takes 23 bits, q = 256 * q15 + rest. q15 is held
+// as one 16-bit word, or as two signed bytes, q15 = 256 * high + low; `rest` likewise as a word or a byte.
+// In every run of 8 columns the even ones come first: 0 2 4 6 1 3 5 7, as the nibbles of a packed vector decode.
+// Digits are laid out [blocks, padded, block]: rows that are multiplied together are neighbours. (Rows K bytes apart
+// would share the sets of the first-level cache whenever K is a multiple of 4096.)
+struct Activations {
+  int64_t rows;     // M
+  int64_t padded;   // rows allocated: M, or a multiple of 16 for tiles
+  int64_t columns;  // K padded to whole blocks
+  int block;        // columns per block: 32, 64 or 128
+  bool wide;        // 23-bit numbers
+  int16_t* words;     // q15, word kernels
+  int16_t* rest;      // word kernels, wide only
+  int8_t* high;       // byte kernels
+  int8_t* low;        // byte kernels
+  int8_t* rest8;      // byte kernels, wide only
+  float* scale;       // [blocks, padded]
+  int32_t* sum;       // [blocks, padded] sum of q15
+  int32_t* rest_sum;  // [blocks, padded] wide only
+  int64_t blocks() const { return columns / block; }
+  int64_t index(int64_t row, int64_t of_block) const { return of_block * padded + row; }
+  int64_t digits(int64_t row, int64_t of_block) const { return index(row, of_block) * block; }
+};
+
+struct Linear {
+  Activations x;
+  const uint8_t* codes;     // packed [ceil(N / 16), K' / 8, 64]
+  const int16_t* scale;     // packed [ceil(N / 16), groups, 16]
+  int64_t groups;           // scales per row: blocks, or 1
+  int64_t n;                // N
+  Codebook book;
+  const void* bias;         // [N], nullptr = no bias
+  Float bias_type;
+  void* out;                // [M, N]
+  Float out_type;
+  int64_t row_blocks() const { return (n + kPackRows - 1) / kPackRows; }
+  const int16_t* block_scale(int64_t row_block, int64_t block) const {
+    return scale + (row_block * groups + (groups == 1 ? 0 : block)) * kPackRows;
+  }
+};
+
+// Candidates of a scale search, see ops/reference.py for the definition.
+struct Search {
+  const float* pair_grid;
+  int pair_count;
+  const float* plain_grid;
+  int plain_count;
+  bool paper_pairing;
+  const float* importance;  // [K], nullptr = all alike
+};
+
+struct Weight {
+  const void* data;  // [N, K]
+  Float type;
+  int64_t n, k;
+  int group_size;  // -1 per channel, 0 per tensor
+  int64_t groups() const { return group_size <= 0 ? 1 : (k + group_size - 1) / group_size; }
+  int64_t pairs() const { return (k + 1) / 2; }
+};
+
+struct Kernels {
+  // Convert rows [begin, end) of x [M, K]; rows past M become zero.
+  void (*convert_rows)(const Activations& to, const void* x, Float type, int64_t k, int64_t begin, int64_t end);
+  // Outputs [m_begin, m_end) x rows of the weight in row blocks [begin, end).
+  void (*linear)(const Linear& problem, int64_t m_begin, int64_t m_end, int64_t begin, int64_t end);
+  bool bytes;     // activations as bytes, else as words
+  int tile_rows;  // activation rows are padded to a multiple of this where there are more than four
+  // Search scales for rows [begin, end) and encode them; false = a value is not finite. Not for per-tensor scales.
+  bool (*search_rows)(const Weight&, const Codebook&, const Search&, int64_t begin, int64_t end, uint8_t* codes,
+                      int16_t* scale);
+  // Largest magnitude and sum of squares of one row; false = a value is not finite.
+  bool (*row_statistics)(const Weight&, int64_t row, float* largest, double* energy);
+  // errors[candidate] of one row for the given base scales (per-tensor search).
+  void (*row_errors)(const Weight&, const Codebook&, const Search&, int64_t row, float pair_base, float plain_base,
+                     double* errors);
+  // Encode rows [begin, end) with scales given; importance as in Search.
+  void (*encode_rows)(const Weight&, const Codebook&, bool paper_pairing, const float* importance,
+                      const int16_t* scale, int64_t begin, int64_t end, uint8_t* codes);
+  // Decode rows [begin, end) of canonical codes to [N, K].
+  void (*decode_rows)(const uint8_t* codes, const int16_t* scale, const Codebook&, int64_t k, int group_size,
+                      int64_t begin, int64_t end, void* out, Float type);
+};
+
+// Defined once per instruction set, in namespaces of the same name; empty where the compiler lacks it.
+namespace portable { Kernels kernels(); }
+namespace avx2 { Kernels kernels(); }
+namespace avx512 { Kernels kernels(); }
+namespace avx512_vnni { Kernels kernels(); }
+namespace amx { Kernels kernels(); }
+
+}  // namespace olive

@@ -1,0 +1,119 @@
+// ovp_linear: convert the activations once, then share outputs among threads.
+#include <omp.h>
+
+#include <algorithm>
+#include <cstdlib>
+#include <memory>
+#include <new>
+
+#include "cpu/api.h"
+
+namespace olive {
+namespace {
+
+// Activation rows that are multiplied with a weight block while it is decoded: their float32 sums (kTileRows x 32)
+// and their share of the digits stay in cache; the decode is then under 4 % of the products.
+constexpr int64_t kRowsPerTile = 128;
+
+struct Free {
+  void operator()(void* data) const { std::free(data); }
+};
+
+// Cache-line aligned pieces of one allocation.
+class Arena {
+ public:
+  template <class T>
+  void reserve(T** where, int64_t count) {
+    *where = reinterpret_cast<T*>(size_);
+    size_ += (static_cast<size_t>(count) * sizeof(T) + 63) / 64 * 64;
+  }
+  void allocate() {
+    data_.reset(static_cast<char*>(std::aligned_alloc(64, std::max<size_t>(size_, 64))));
+    if (data_ == nullptr) throw std::bad_alloc();
+  }
+  template <class T>
+  void place(T** where) {
+    *where = reinterpret_cast<T*>(data_.get() + reinterpret_cast<size_t>(*where));
+  }
+
+ private:
+  size_t size_ = 0;
+  std::unique_ptr<char, Free> data_;
+};
+
+}  // namespace
+
+void ovp_linear(Isa isa, const LinearArguments& arguments) {
+  if (arguments.m == 0) return;
+  // Levels above 127 (flint4) do not fit the bytes of the VNNI and AMX kernels: 16-bit words hold them.
+  const bool bytes_fit = arguments.book.is_int8;
+  const Kernels& kernels = kernels_for(!bytes_fit && isa > Isa::avx512 ? Isa::avx512 : isa);
+  Linear problem = {};
+  Activations& x = problem.x;
+  x.rows = arguments.m;
+  const int64_t tile_rows = arguments.m > 4 ? kernels.tile_rows : 1;
+  x.padded = (arguments.m + tile_rows - 1) / tile_rows * tile_rows;
+  x.block = arguments.shape.block();
+  x.columns = arguments.shape.vectors() * kPackColumns;
+  x.wide = arguments.x_type == Float::f32;
+  Arena arena;
+  const int64_t values = x.padded * x.columns, blocks = x.padded * x.blocks();
+  arena.reserve(&x.scale, blocks);
+  arena.reserve(&x.sum, blocks);
+  if (x.wide) arena.reserve(&x.rest_sum, blocks);
+  if (kernels.bytes) {
+    arena.reserve(&x.high, values);
+    arena.reserve(&x.low, values);
+    if (x.wide) arena.reserve(&x.rest8, values);
+  } else {
+    arena.reserve(&x.words, values);
+    if (x.wide) arena.reserve(&x.rest, values);
+  }
+  arena.allocate();
+  arena.place(&x.scale);
+  arena.place(&x.sum);
+  if (x.wide) arena.place(&x.rest_sum);
+  if (kernels.bytes) {
+    arena.place(&x.high);
+    arena.place(&x.low);
+    if (x.wide) arena.place(&x.rest8);
+  } else {
+    arena.place(&x.words);
+    if (x.wide) arena.place(&x.rest);
+  }
+  problem.codes = arguments.codes;
+  problem.scale = arguments.scale;
+  problem.groups = arguments.shape.groups();
+  problem.n = arguments.shape.n;
+  problem.book = arguments.book;
+  problem.bias = arguments.bias;
+  problem.bias_type = arguments.bias_type;
+  problem.out = arguments.out;
+  problem.out_type = arguments.x_type;
+
+  const int64_t row_blocks = problem.row_blocks();
+  const int64_t tiles = (x.rows + kRowsPerTile - 1) / kRowsPerTile;
+#pragma omp parallel
+  {
+    const int64_t threads = omp_get_num_threads(), thread = omp_get_thread_num();
+    const auto share = [&](int64_t count, int64_t i) { return count * i / threads; };
+    kernels.convert_rows(x, arguments.x, arguments.x_type, arguments.shape.k, share(x.padded, thread),
+                         share(x.padded, thread + 1));
+#pragma omp barrier
+    // Every thread owns a run of row blocks (its own stream of codes), in whole panels of two; where there are fewer
+    // panels than threads and several tiles of activations, threads share the tiles instead.
+    const int64_t panels = (row_blocks + 1) / 2;
+    if (panels >= threads || tiles < threads) {
+      const int64_t begin = share(panels, thread) * 2, end = std::min(row_blocks, share(panels, thread + 1) * 2);
+      for (int64_t tile = 0; tile < tiles && begin < end; ++tile) {
+        kernels.linear(problem, tile * kRowsPerTile, std::min(x.rows, (tile + 1) * kRowsPerTile), begin, end);
+      }
+    } else {
+      for (int64_t tile = share(tiles, thread); tile < share(tiles, thread + 1); ++tile) {
+        kernels.linear(problem, tile * kRowsPerTile, std::min(x.rows, (tile + 1) * kRowsPerTile), 0, row_blocks);
+      }
+    }
+  }
+}
+
+}  // namespace olive

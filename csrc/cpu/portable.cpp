@@ -1,0 +1,43 @@
+// Plain C++ kernels: they run everywhere and are the oracle of the others.
+#include "cpu/lanes.h"
+
+namespace olive {
+namespace portable {
+namespace {
+
+#include "cpu/encode.inl"
+
+#include "cpu/decode.inl"
+
+#include "cpu/activations.inl"
+
+#include "cpu/linear_common.inl"
+
+struct Decoder {
+  explicit Decoder(const Codebook&) {}
+  bool decode(const uint8_t*, const int16_t*, int, int16_t*) const { return false; }  // decode_block_words does it
+};
+
+inline I16 multiply_block(const int16_t* words, const int16_t* x, int block) {
+  I16 sums = {};
+  for (int step = 0; step < block / 4; ++step) {
+    for (int row = 0; row < kPackRows; ++row) {
+      const int16_t* w = words + (step * kPackRows + row) * 4;
+      int32_t sum = 0;
+      for (int j = 0; j < 4; ++j) sum += static_cast<int32_t>(w[j]) * x[4 * step + j];
+      sums[row] += sum;
+    }
+  }
+  return sums;
+}
+
+#include "cpu/linear_words.inl"
+
+}  // namespace
+
+Kernels kernels() {
+  return {convert_rows, linear, false, 1, search_rows, row_statistics, row_errors, encode_rows, decode_rows};
+}
+
+}  // namespace portable
+}  // namespace olive

@@ -1,0 +1,16 @@
+"""Multiples of a group's base scale that the searches try."""
+
+from __future__ import annotations
+
+# Multiples of min(max|w|, 3 sigma) / normal[7] for the pair rule. Stored scales have 7 significant bits,
+# neighbours 0.8 to 1.6 % apart, so steps of 2 % leave little between them; the optimum of groups of 32 to 128
+# lies inside.
+PAIR_GRID = tuple(round(0.30 + 0.02 * step, 2) for step in range(51))
+# flint4's normals thin out above 8 of 16, so its optimum lies near 1.8 in every group size: up to 1.3 its
+# error is 1.3 to 2 times as large. A whole row or tensor may hold values beyond O[7] * 1.3 * 3 sigma / N[7],
+# 12 sigma for nf4.
+WIDE_PAIR_GRID = PAIR_GRID + tuple(round(1.35 + 0.05 * step, 2) for step in range(44))
+# Multiples of max|w| / 127 for plain groups, tried with both signs.
+PLAIN_GRID = tuple(round(0.50 + 0.02 * step, 2) for step in range(31))
+# OliVe, arXiv:2304.07493, section 3.4, searches around 3 sigma.
+PAPER_GRID = tuple(round(0.75 + 0.05 * step, 2) for step in range(36))
