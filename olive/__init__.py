@@ -1,7 +1,7 @@
 """OliVe: outlier-aware 4-bit quantization of Hugging Face models.
 
-Names are loaded when first used: `import olive` imports neither transformers nor triton and starts no CUDA work.
-It does register the "olive" quantizer, now or as soon as transformers is imported.
+Names are loaded when first used: `import olive` imports neither transformers nor triton and starts no CUDA
+work. It does register the "olive" quantizer, now or as soon as transformers is imported.
 """
 
 from __future__ import annotations

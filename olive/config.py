@@ -31,8 +31,8 @@ class QuantConfig:
             or "learned" (tables fitted to each tensor).
         group_size: columns that share a scale: 32, 64, 128; -1 per output channel, 0 per tensor.
         activations: None, activations keep the model's dtype.
-        method: "search" tries many scales per group for the least squared error; "paper" is OliVe's own search
-            (from 3 sigma, the paper's pair rule) and goes with "int4" or "flint4".
+        method: "search" tries many scales per group for the least squared error; "paper" is OliVe's own
+            search (from 3 sigma, the paper's pair rule) and goes with "int4" or "flint4".
         skip: module names left alone: a full name, or its last parts ("lm_head", "mlp.down_proj"), or a
             pattern with * in it.
 
@@ -48,7 +48,9 @@ class QuantConfig:
     method: str = "search"
     skip: tuple[str, ...] = ("lm_head",)
 
-    quant_method: ClassVar[str] = "olive"  # by which transformers finds the quantizer of a `quantization_config`
+    quant_method: ClassVar[str] = (
+        "olive"  # by which transformers finds the quantizer of a `quantization_config`
+    )
 
     def __post_init__(self) -> None:
         _expect("bits", self.bits, (4,))
@@ -102,6 +104,6 @@ def check_format_version(version: object, name: str = "format_version") -> None:
         raise ValueError(f"{name}: expected an integer from 1 to {FORMAT_VERSION}, got {version!r}")
     if version > FORMAT_VERSION:
         raise ValueError(
-            f"{name}: expected at most {FORMAT_VERSION}, got {version}: this checkpoint was written by a newer "
-            f"olive; upgrade with `pip install -U olive-quant`"
+            f"{name}: expected at most {FORMAT_VERSION}, got {version}: this checkpoint was written by a "
+            f"newer olive; upgrade with `pip install -U olive-quant`"
         )

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -15,6 +14,7 @@ from olive import ops
 from olive._progress import ProgressBar
 from olive.config import QuantConfig
 from olive.formats import LEARNED, PER_TENSOR
+from olive.frameworks import framework_models
 from olive.nn import OVPExperts, OVPLinear
 from olive.ops.schemas import FLOATS
 from olive.ptq import quantize_weight
@@ -243,7 +243,7 @@ def _check_inventory(model: nn.Module, config: QuantConfig, inventory: Inventory
             f"model: expected a model that is not quantized, got quantized "
             f"{inventory.quantized[0].name or 'model'}; call olive.dequantize(model) first"
         )
-    for wrapped in _transformers_models(model):
+    for _, wrapped in framework_models(model):
         if getattr(wrapped, "is_quantized", False):
             method = getattr(wrapped, "quantization_method", "another method")
             raise ValueError(
@@ -302,29 +302,15 @@ def _exchange(
         raise
 
 
-def _transformers_models(model: nn.Module) -> list[nn.Module]:
-    """The outermost transformers models in `model`, itself included; none if transformers is not imported."""
-    base = getattr(sys.modules.get("transformers.modeling_utils"), "PreTrainedModel", None)
-    if base is None:
-        return []
-    if isinstance(model, base):
-        return [model]
-    return [found for child in model.children() for found in _transformers_models(child)]
-
-
 def _mark(model: nn.Module, config: QuantConfig) -> None:
     attach_config(model, config)
-    for wrapped in _transformers_models(model):
-        from olive.hf.quantizer import mark_quantized
-
+    for framework, wrapped in framework_models(model):
         attach_config(wrapped, config)
-        mark_quantized(wrapped, config)
+        framework.mark(wrapped, config)
 
 
 def _unmark(model: nn.Module) -> None:
     attach_config(model, None)
-    for wrapped in _transformers_models(model):
-        from olive.hf.quantizer import unmark_quantized
-
+    for framework, wrapped in framework_models(model):
         attach_config(wrapped, None)
-        unmark_quantized(wrapped)
+        framework.unmark(wrapped)

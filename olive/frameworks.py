@@ -1,0 +1,43 @@
+"""Libraries that want to know when their models are quantized; they register when they are imported.
+
+This keeps `olive.quantize` free of them: it works on plain PyTorch models where none is registered.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from torch import nn
+
+from olive.config import QuantConfig
+
+
+@dataclass(frozen=True)
+class Framework:
+    """What one library wants done.
+
+    Args:
+        name: e.g. "transformers".
+        models: the library's outermost models in a module, itself included.
+        mark: called after the modules of such a model were exchanged for quantized ones.
+        unmark: the inverse.
+    """
+
+    name: str
+    models: Callable[[nn.Module], list[nn.Module]]
+    mark: Callable[[nn.Module, QuantConfig], None]
+    unmark: Callable[[nn.Module], None]
+
+
+_REGISTERED: dict[str, Framework] = {}
+
+
+def register_framework(framework: Framework) -> None:
+    """Make a library known; a second registration under one name replaces the first."""
+    _REGISTERED[framework.name] = framework
+
+
+def framework_models(model: nn.Module) -> list[tuple[Framework, nn.Module]]:
+    """Every registered library's outermost models in `model`."""
+    return [(framework, found) for framework in _REGISTERED.values() for found in framework.models(model)]

@@ -1,0 +1,1 @@
+"""transformers and PEFT: loading, saving, marking. Importing this package imports neither."""

@@ -1,0 +1,89 @@
+"""`OliveConfig`: what `config.json` of a quantized checkpoint says under `quantization_config`."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import Any
+
+from transformers.utils.quantization_config import QuantizationConfigMixin
+
+from olive.config import FORMAT_VERSION, QuantConfig, check_format_version
+
+WHERE = "quantization_config"
+
+
+class OliveConfig(QuantizationConfigMixin):
+    """A `QuantConfig` with what a checkpoint needs besides: one flat JSON object.
+
+    Args:
+        quant: how the model was, or is to be, quantized.
+        format_version: of the stored tensors.
+        olive_version: library that wrote the checkpoint; for people to read.
+        sqnr_db: full name of each weight that the checkpoint holds as codes -> its signal-to-quantization-
+            noise ratio in dB, None if not known.
+        save_id: written by one `save_pretrained` here and in each of its files; tells a mixture of two saves.
+
+    Raises:
+        ValueError: a newer format version, an unknown field, or a bad value.
+    """
+
+    quant_method: Any = "olive"  # transformers types it as the enumeration of its own methods
+
+    def __init__(
+        self,
+        quant: QuantConfig,
+        *,
+        format_version: int = FORMAT_VERSION,
+        olive_version: str | None = None,
+        sqnr_db: Mapping[str, float | None] | None = None,
+        save_id: str | None = None,
+    ) -> None:
+        check_format_version(format_version, f"{WHERE}.format_version")
+        self.quant, self.format_version = quant, format_version
+        self.olive_version, self.save_id = olive_version, save_id
+        self.sqnr_db = dict(sqnr_db or {})
+
+    @classmethod
+    def of(cls, config: QuantConfig | OliveConfig) -> OliveConfig:
+        """The same as an OliveConfig."""
+        return config if isinstance(config, OliveConfig) else cls(config)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values, for JSON; a ratio that is not finite is written as null."""
+        ratios = {
+            name: round(ratio, 3) if ratio is not None and math.isfinite(ratio) else None
+            for name, ratio in self.sqnr_db.items()
+        }
+        return {
+            "quant_method": self.quant_method,
+            "format_version": self.format_version,
+            "olive_version": self.olive_version,
+            **self.quant.to_dict(),
+            "save_id": self.save_id,
+            "sqnr_db": ratios,
+        }
+
+    @classmethod
+    def from_dict(
+        cls, config_dict: Mapping[str, Any], return_unused_kwargs: bool = False, **kwargs: Any
+    ) -> OliveConfig | tuple[OliveConfig, dict[str, Any]]:
+        """The inverse of `to_dict`.
+
+        Raises:
+            ValueError: no or a newer `format_version`, a field this version does not know, or a bad value.
+            TypeError: a value of another type.
+        """
+        values = dict(config_dict)
+        # First of all: a newer format may have fields that are errors here, and upgrading is the way out.
+        check_format_version(values.pop("format_version", None), f"{WHERE}.format_version")
+        if (method := values.pop("quant_method", None)) != cls.quant_method:
+            raise ValueError(f"{WHERE}.quant_method: expected {cls.quant_method!r}, got {method!r}")
+        ratios = values.pop("sqnr_db", None)
+        if not isinstance(ratios, Mapping):
+            raise TypeError(
+                f"{WHERE}.sqnr_db: expected an object with the names of the quantized weights, got {ratios!r}"
+            )
+        own = {key: values.pop(key, None) for key in ("olive_version", "save_id")}
+        config = cls(QuantConfig.from_dict(values), sqnr_db=ratios, **own)
+        return (config, kwargs) if return_unused_kwargs else config

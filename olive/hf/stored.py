@@ -1,0 +1,153 @@
+"""Checks of a quantized checkpoint: its files' headers before loading, the tensors' contents after it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from typing import NamedTuple
+
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from olive.formats import PER_TENSOR, codes_shape, ovp4_validate, scale_shape
+from olive.nn import OVPWeight
+
+_VALUES_AT_A_TIME = 1 << 22
+SAVE_ID = "olive_save_id"  # key in the metadata of every file
+_DTYPES = {"codes": "U8", "scale": "I16", "codebook": "I8"}  # as safetensors calls them
+_NAMES = {"U8": "uint8", "I16": "int16", "I8": "int8", "F32": "float32", "F16": "float16", "BF16": "bfloat16"}
+_FLOATS = ("F32", "F16", "BF16")
+_AGAIN = "save the model again, or fetch the file again if it was copied"
+
+
+class Header(NamedTuple):
+    """Where a tensor lies and what it is."""
+
+    file: str
+    dtype: str
+    shape: tuple[int, ...]
+
+
+def read_headers(files: Sequence[str], save_id: str | None) -> dict[str, Header]:
+    """Names, types and shapes of all tensors in safetensors files; no tensor is read.
+
+    Args:
+        files: the checkpoint's files.
+        save_id: what `config.json` says; None = any.
+
+    Raises:
+        ValueError: a damaged file, or one that another save wrote.
+    """
+    found: dict[str, Header] = {}
+    for file in files:
+        try:
+            with safe_open(file, framework="pt") as opened:
+                metadata = opened.metadata() or {}
+                for key in opened.keys():  # noqa: SIM118 (not a dictionary)
+                    part = opened.get_slice(key)
+                    found[key] = Header(file, part.get_dtype(), tuple(part.get_shape()))
+        except SafetensorError as error:
+            raise ValueError(
+                f"{file}: expected a complete safetensors file, got {error}; {_AGAIN}"
+            ) from error
+        if save_id is not None and metadata.get(SAVE_ID) != save_id:
+            raise ValueError(
+                f"{file}: expected a file of save {save_id}, which config.json names, "
+                f"got one of save {metadata.get(SAVE_ID)}; the folder mixes files of two saves, as an "
+                f"interrupted save leaves them: save the model again into an empty folder"
+            )
+    return found
+
+
+def check_headers(name: str, weight: OVPWeight, headers: dict[str, Header]) -> None:
+    """Check that the files hold codes, scale and codebook of one weight, in the right types and shapes.
+
+    Args:
+        name: of the module in the checkpoint.
+        weight: the empty module they are to be loaded into.
+        headers: of all files.
+
+    Raises:
+        ValueError: a tensor is missing or has another shape.
+        TypeError: a tensor of another type.
+    """
+    codes, scale = stored_shapes(weight)
+    for field, shape in (("codes", codes), ("scale", scale), ("codebook", (32,))):
+        _check_header(f"{name}.{field}", (_DTYPES[field],), shape, headers)
+
+
+def check_float_header(name: str, parameter: Tensor, headers: dict[str, Header]) -> None:
+    """The same for a float parameter of a quantized module, e.g. its bias; any float type will do."""
+    _check_header(name, _FLOATS, tuple(parameter.shape), headers)
+
+
+def _check_header(
+    name: str, dtypes: tuple[str, ...], shape: tuple[int, ...], headers: dict[str, Header]
+) -> None:
+    header = headers.get(name)
+    if header is None:
+        raise ValueError(f"{name}: expected in the checkpoint, got no such tensor; {_AGAIN}")
+    if header.dtype not in dtypes:
+        raise TypeError(
+            f"{name}: expected {' or '.join(_NAMES[dtype] for dtype in dtypes)}, "
+            f"got {_NAMES.get(header.dtype, header.dtype)} in {header.file}; {_AGAIN}"
+        )
+    if header.shape != shape:
+        raise ValueError(f"{name}: expected shape {shape}, got {header.shape} in {header.file}; {_AGAIN}")
+
+
+def stored_shapes(weight: OVPWeight) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """Shapes of codes and scale in the stored layout, with the leading dimension of a stack."""
+    stack = () if weight.experts is None else (weight.experts,)
+    codes = codes_shape(weight.out_features, weight.in_features)
+    scale = scale_shape(weight.out_features, weight.in_features, weight.group_size)
+    return (*stack, *codes), (*stack, *scale)
+
+
+def check_contents(name: str, weight: OVPWeight) -> None:
+    """Check the loaded codes, scales and codebook of one weight, all of it.
+
+    Args:
+        name: of the module, for errors.
+        weight: holds the stored layout; kernels trust its values afterwards.
+
+    Raises:
+        ValueError: a wrong shape, invalid pair, scale or codebook.
+        TypeError: a tensor of another type.
+    """
+    codes, scale, codebook = weight.codes.detach(), weight.scale.detach(), weight.codebook.detach()
+    for field, tensor, shape in zip(("codes", "scale"), (codes, scale), stored_shapes(weight), strict=True):
+        if tuple(tensor.shape) != shape:
+            raise ValueError(f"{name}.{field}: expected shape {shape}, got {tuple(tensor.shape)}; {_AGAIN}")
+    parts: Iterable[tuple[str, Tensor, Tensor]] = [("", codes, scale)]
+    if weight.experts is not None:
+        parts = ((f" of expert {e}", codes[e], scale[e]) for e in range(weight.experts))
+    for which, one_codes, one_scale in parts:
+        try:
+            _validate(one_codes, one_scale, codebook, weight, name)
+        except (TypeError, ValueError) as error:
+            raise type(error)(f"{error}{which}; {_AGAIN}") from None
+
+
+def _validate(codes: Tensor, scale: Tensor, codebook: Tensor, weight: OVPWeight, name: str) -> None:
+    """`ovp4_validate` on some rows at a time: its masks are several times as large as the codes."""
+    columns, group_size = weight.in_features, weight.group_size
+    step = max(1, _VALUES_AT_A_TIME // columns)
+
+    def validate(start: int, rows: int) -> None:
+        part_scale = scale if group_size == PER_TENSOR else scale[start : start + rows]
+        ovp4_validate(
+            codes[start : start + rows],
+            part_scale,
+            codebook,
+            out_features=min(rows, weight.out_features - start),
+            in_features=columns,
+            group_size=group_size,
+            name=name,
+        )
+
+    for start in range(0, weight.out_features, step):
+        try:
+            validate(start, step)
+        except (TypeError, ValueError):
+            validate(0, weight.out_features)  # its error names the row in the whole weight
+            raise
