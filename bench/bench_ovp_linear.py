@@ -1,0 +1,219 @@
+"""`ovp_linear` (W4A16) against torch's own linears, with cold weights.
+
+Peers: `torch.nn.functional.linear` in bfloat16 and float32, torch's int4 CPU operator
+`aten::_weight_int4pack_mm_for_cpu`, and torchao's W4A8 operator where a torchao with its CPU kernel is
+installed.
+Each result is checked against the decoded weight before it is timed.
+
+    python -m bench.bench_ovp_linear            # all shapes, about 10 minutes on two cores
+    python -m bench.bench_ovp_linear --tiny     # a smoke run
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Annotated, Any
+
+import torch
+import typer
+from rich.console import Console
+from rich.table import Table
+from torch import Tensor
+from torch.nn.functional import linear
+
+from bench.common import RESULTS, append_csv, environment
+from bench.timing import Timing, copies_for, take_turns
+from olive import QuantConfig, ops
+from olive.ptq import quantize_weight
+
+SHAPES = ((4096, 4096), (11008, 4096), (4096, 11008), (14336, 4096))  # N, K
+ROWS = (1, 16, 256, 1024)  # M
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+Call = Callable[[int], Tensor]
+
+
+def relative_error(got: Tensor, expected: Tensor) -> float:
+    """|got - expected| / |expected| in float64; NaN if anything is NaN."""
+    return float((got.double() - expected.double()).norm() / expected.double().norm())
+
+
+def ovp_call(x: Tensor, packed: list[tuple[Tensor, Tensor]], book: Tensor, n: int, group_size: int) -> Call:
+    """Our operator over copies of one packed weight."""
+
+    def call(turn: int) -> Tensor:
+        codes, scale = packed[turn % len(packed)]
+        out: Tensor = ops.ovp_linear(x, codes, scale, book, None, n, group_size)
+        return out
+
+    return call
+
+
+def linear_call(x: Tensor, weights: list[Tensor]) -> Call:
+    """torch's linear over copies of one weight."""
+    return lambda turn: linear(x, weights[turn % len(weights)])
+
+
+def int4_call(x: Tensor, n: int, k: int, group_size: int, cold_bytes: int) -> tuple[Call, float]:
+    """torch's int4 operator on random codes, and its error against its own decoded weight."""
+    codes = torch.randint(0, 16, (n, k), dtype=torch.int32)
+    scale = torch.rand(n, k // group_size) * 0.01 + 0.001
+    zero = torch.randn(n, k // group_size) * 0.01
+    scales_and_zeros = torch.stack((scale, zero), dim=-1).transpose(0, 1).contiguous().to(x.dtype)
+    packed = torch.ops.aten._convert_weight_to_int4pack_for_cpu(codes, 1)
+    stored = scales_and_zeros.float().transpose(0, 1).repeat_interleave(group_size, dim=1)
+    decoded = (codes - 8) * stored[..., 0] + stored[..., 1]
+    run = torch.ops.aten._weight_int4pack_mm_for_cpu
+    error = relative_error(run(x, packed, group_size, scales_and_zeros), x.float() @ decoded.T)
+    copies = [packed.clone() for _ in range(copies_for(packed.numel(), cold_bytes))]
+    return lambda turn: run(x, copies[turn % len(copies)], group_size, scales_and_zeros), error
+
+
+def da8w4_call(x: Tensor, n: int, k: int, group_size: int, cold_bytes: int) -> Call | None:
+    """torchao's W4A8 operator with its per-token quantization; None where its CPU kernel is missing."""
+    try:
+        import torchao  # noqa: F401
+    except ImportError:
+        return None
+    if "CPU" not in torch._C._dispatch_dump("torchao::da8w4_linear_cpu"):
+        return None
+    codes = torch.randint(0, 16, (n, k), dtype=torch.uint8)
+    scales = torch.rand(n, k // group_size) * 0.01 + 0.001
+    zeros = torch.full((n, k // group_size), 8, dtype=torch.int8)
+    prepacked = torch.ops.torchao.da8w4_linear_prepack_cpu(codes, scales, zeros)
+    copies = [
+        tuple(part.clone() for part in prepacked)
+        for _ in range(copies_for(prepacked[0].numel() * prepacked[0].element_size(), cold_bytes))
+    ]
+
+    def call(turn: int) -> Tensor:
+        weight, weight_scale, weight_zero, compensation = copies[turn % len(copies)]
+        scale = x.float().abs().amax(dim=1) / 127.0
+        quantized = torch.clamp(torch.round(x.float() / scale[:, None]), -128, 127).to(torch.int8)
+        out: Tensor = torch.ops.torchao.da8w4_linear_cpu(
+            quantized, scale, torch.zeros_like(scale, dtype=torch.int32), weight, weight_scale, weight_zero,
+            compensation, None, x.dtype,
+        )  # fmt: skip
+        return out
+
+    return call
+
+
+def bench_shape(
+    n: int, k: int, rows: list[int], dtype: torch.dtype, group_size: int, cold_bytes: int, seconds: float
+) -> list[dict[str, Any]]:
+    """Measure one weight shape: one row of the CSV per M and candidate."""
+    generator = torch.Generator().manual_seed(n * 31 + k)
+    weight = torch.randn(n, k, generator=generator) * 0.02
+    quantized = quantize_weight(weight, QuantConfig(group_size=group_size))
+    packed = ops.ovp_pack(quantized.codes, quantized.scale, k, group_size)
+    ovp_bytes = sum(part.numel() * part.element_size() for part in packed)
+    ovp_copies = [tuple(part.clone() for part in packed) for _ in range(copies_for(ovp_bytes, cold_bytes))]
+    decoded = ops.ovp_decode(
+        quantized.codes, quantized.scale, quantized.codebook, k, group_size, torch.float32
+    )
+    halves = [weight.to(dtype) for _ in range(copies_for(2 * n * k, cold_bytes))]
+    singles = [weight.clone() for _ in range(copies_for(4 * n * k, cold_bytes))]
+    lines: list[dict[str, Any]] = []
+    for m in rows:
+        x = torch.randn(m, k, generator=generator).to(dtype)
+        call = ovp_call(x, ovp_copies, quantized.codebook, n, group_size)
+        error = relative_error(call(0), x.double() @ decoded.double().T)
+        limit = 2 * relative_error(linear(x, decoded.to(dtype)), x.double() @ decoded.double().T) + 1e-6
+        if not error <= limit:
+            raise RuntimeError(f"ovp_linear: expected an error of at most {limit:.2g}, got {error:.2g}")
+        candidates: dict[str, Call] = {"olive": call, "torch_half": linear_call(x, halves)}
+        candidates["torch_float32"] = linear_call(x.float(), singles)
+        if group_size > 0 and k % group_size == 0 and n % 16 == 0:
+            candidates["torch_int4"], int4_error = int4_call(x, n, k, group_size, cold_bytes)
+            if not int4_error <= 0.02:
+                raise RuntimeError(f"torch_int4: expected an error of at most 0.02, got {int4_error:.2g}")
+            torchao_call = da8w4_call(x, n, k, group_size, cold_bytes)
+            if torchao_call is not None:
+                candidates["torchao_w4a8"] = torchao_call
+        timings = take_turns(candidates, seconds)
+        bytes_read = {"olive": ovp_bytes, "torch_half": 2 * n * k, "torch_float32": 4 * n * k}
+        for name, timing in timings.items():
+            lines.append(
+                row(
+                    name,
+                    m,
+                    n,
+                    k,
+                    dtype,
+                    group_size,
+                    timing,
+                    timings["torch_half"],
+                    bytes_read.get(name, n * k // 2),
+                )
+            )
+    return lines
+
+
+def row(
+    name: str,
+    m: int,
+    n: int,
+    k: int,
+    dtype: torch.dtype,
+    group_size: int,
+    timing: Timing,
+    baseline: Timing,
+    bytes_read: int,
+) -> dict[str, Any]:
+    """One line of the CSV; speed-up is against torch's linear in the activation's dtype."""
+    backend = f"{name} {ops.cpu_backend()}" if name == "olive" else name
+    return {
+        "op": "ovp_linear",
+        "backend": backend,
+        "m": m,
+        "n": n,
+        "k": k,
+        "dtype": str(dtype).removeprefix("torch."),
+        "group_size": group_size,
+        "median_ms": f"{timing.median * 1e3:.4f}",
+        "q20_ms": f"{timing.low * 1e3:.4f}",
+        "q80_ms": f"{timing.high * 1e3:.4f}",
+        "runs": timing.runs,
+        "weight_gb_s": f"{bytes_read / timing.median / 1e9:.2f}",
+        "gflop_s": f"{2 * m * n * k / timing.median / 1e9:.1f}",
+        "speedup": f"{baseline.median / timing.median:.3f}",
+        **environment(),
+    }
+
+
+def main(
+    tiny: Annotated[bool, typer.Option(help="One small shape, warm, for a smoke test.")] = False,
+    threads: Annotated[int, typer.Option(help="Torch threads.")] = 2,
+    dtype: Annotated[str, typer.Option(help="float32, bfloat16 or float16.")] = "bfloat16",
+    group_size: Annotated[int, typer.Option(help="32, 64, 128, -1 or 0.")] = 128,
+    seconds: Annotated[float, typer.Option(help="Roughly, per shape and M.")] = 8.0,
+    rows: Annotated[list[int] | None, typer.Option("--m", help="Activation rows.")] = None,
+    shape: Annotated[list[str] | None, typer.Option(help="NxK, e.g. 4096x4096.")] = None,
+    output: Annotated[Path | None, typer.Option(help="CSV to append to.")] = RESULTS / "ovp_linear.csv",
+) -> None:
+    """Time every shape and M, print a table, append to the CSV."""
+    torch.set_num_threads(threads)
+    shapes = [(64, 256)] if tiny else list(SHAPES)
+    if shape:
+        shapes = [(int(n), int(k)) for n, k in (text.split("x") for text in shape)]
+    table = Table("M", "N x K", "backend", "median ms", "q20-q80", "GB/s", "GFLOP/s", "speed-up")
+    with torch.inference_mode():
+        for n, k in shapes:
+            lines = bench_shape(
+                n, k, rows or list(ROWS), DTYPES[dtype], group_size, 10**6 if tiny else 1_500_000_000,
+                0.05 if tiny else seconds,
+            )  # fmt: skip
+            for line in lines:
+                table.add_row(
+                    str(line["m"]), f"{n} x {k}", line["backend"], line["median_ms"],
+                    f"{line['q20_ms']}-{line['q80_ms']}", line["weight_gb_s"], line["gflop_s"],
+                    line["speedup"],
+                )  # fmt: skip
+            if output is not None and not tiny:
+                append_csv(output, lines)
+    Console(width=120).print(table)
+
+
+if __name__ == "__main__":
+    typer.run(main)
