@@ -62,8 +62,9 @@ inline void convert_block(const Activations& to, const float* values, int64_t ro
   }
   int32_t total = 0, rest_total = 0;
   for (int i = 0; i < kLanes; ++i) total += sum[i], rest_total += rest_sum[i];
-  to.sum[index] = total;
-  if (to.wide) to.rest_sum[index] = rest_total;
+  if (to.words != nullptr) return;
+  to.offset[index] = -kOffset * total;
+  if (to.wide) to.rest_offset[index] = -kOffset * rest_total;
 }
 
 void convert_rows(const Activations& to, const void* x, Float type, int64_t k, int64_t begin, int64_t end) {

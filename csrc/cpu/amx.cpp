@@ -18,7 +18,8 @@ namespace {
 
 #include "cpu/linear_vnni.inl"
 
-constexpr int kTile = 16;  // rows of a tile
+constexpr int kTile = 16;    // rows of a tile
+constexpr int kFewRows = 4;  // up to here a tile would be mostly padding and the decode shared by too few rows
 
 struct alignas(64) TileConfig {
   uint8_t palette;
@@ -126,10 +127,10 @@ inline void linear_amx(const Linear& problem, int64_t m_begin, int64_t m_end, in
         for (int i = 0; i < rows; ++i) {
           const int64_t index = x.index(m + i, block);
           for (int n = 0; n < count; ++n) {
-            const I16 s15 = (load<I16>(sums.tile[n][i]) << 8) + load<I16>(sums.tile[kPanel + n][i]) -
-                            kOffset * x.sum[index];
+            const I16 s15 =
+                combine_s15(load<I16>(sums.tile[n][i]), load<I16>(sums.tile[kPanel + n][i]) + x.offset[index]);
             I16 rest = {};
-            if (kWide) rest = load<I16>(sums.tile[2 * kPanel + n][i]) - kOffset * x.rest_sum[index];
+            if (kWide) rest = load<I16>(sums.tile[2 * kPanel + n][i]) + x.rest_offset[index];
             F16& sum = total[n * kTileRows + (m - m_begin) + i];
             sum = accumulate(sum, s15, rest, kWide, x.scale[index], scale_w[n]);
           }
@@ -146,7 +147,6 @@ inline void linear_amx(const Linear& problem, int64_t m_begin, int64_t m_end, in
 }
 
 void linear(const Linear& problem, int64_t m_begin, int64_t m_end, int64_t begin, int64_t end) {
-  // Below this a tile would be mostly padding and the decode is shared by too few rows.
   const bool few = m_end - m_begin <= kFewRows;
   if (problem.x.wide) {
     few ? linear_vnni<true>(problem, m_begin, m_end, begin, end)

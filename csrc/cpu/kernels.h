@@ -14,6 +14,7 @@ constexpr int kIsaCount = 5;
 constexpr int kPackRows = 16;    // rows interleaved in a packed block
 constexpr int kPackColumns = 8;  // columns in one 32-bit lane of it
 constexpr int kVectorBytes = 64;
+constexpr int kOffset = 128;  // byte kernels hold a weight as the unsigned byte level + 128
 
 // One weight [N, K] and its activations [M, K], packed for the kernels.
 //
@@ -35,8 +36,8 @@ struct Activations {
   int8_t* low;        // byte kernels
   int8_t* rest8;      // byte kernels, wide only
   float* scale;       // [blocks, padded]
-  int32_t* sum;       // [blocks, padded] sum of q15
-  int32_t* rest_sum;  // [blocks, padded] wide only
+  int32_t* offset;    // [blocks, padded] byte kernels: -128 * sum of q15, which takes off what weights + 128 add
+  int32_t* rest_offset;  // [blocks, padded] likewise of rest; wide only
   int64_t blocks() const { return columns / block; }
   int64_t index(int64_t row, int64_t of_block) const { return of_block * padded + row; }
   int64_t digits(int64_t row, int64_t of_block) const { return index(row, of_block) * block; }

@@ -13,11 +13,15 @@ namespace {
 
 // Activation rows that are multiplied with a weight block while it is decoded: their float32 sums (kTileRows x 32)
 // and their share of the digits stay in cache; the decode is then under 4 % of the products.
-constexpr int64_t kRowsPerTile = 128;
+constexpr int64_t kRowsPerTile = 96;
 
 struct Free {
   void operator()(void* data) const { std::free(data); }
 };
+
+// Below this many products a second thread costs more than it brings: waking it takes several microseconds, and tens of
+// milliseconds where another program has its core.
+constexpr int64_t kParallelProducts = int64_t{1} << 19;
 
 // Cache-line aligned pieces of one allocation.
 class Arena {
@@ -59,11 +63,11 @@ void ovp_linear(Isa isa, const LinearArguments& arguments) {
   Arena arena;
   const int64_t values = x.padded * x.columns, blocks = x.padded * x.blocks();
   arena.reserve(&x.scale, blocks);
-  arena.reserve(&x.sum, blocks);
-  if (x.wide) arena.reserve(&x.rest_sum, blocks);
   if (kernels.bytes) {
     arena.reserve(&x.high, values);
     arena.reserve(&x.low, values);
+    arena.reserve(&x.offset, blocks);
+    if (x.wide) arena.reserve(&x.rest_offset, blocks);
     if (x.wide) arena.reserve(&x.rest8, values);
   } else {
     arena.reserve(&x.words, values);
@@ -71,11 +75,11 @@ void ovp_linear(Isa isa, const LinearArguments& arguments) {
   }
   arena.allocate();
   arena.place(&x.scale);
-  arena.place(&x.sum);
-  if (x.wide) arena.place(&x.rest_sum);
   if (kernels.bytes) {
     arena.place(&x.high);
     arena.place(&x.low);
+    arena.place(&x.offset);
+    if (x.wide) arena.place(&x.rest_offset);
     if (x.wide) arena.place(&x.rest8);
   } else {
     arena.place(&x.words);
@@ -93,7 +97,8 @@ void ovp_linear(Isa isa, const LinearArguments& arguments) {
 
   const int64_t row_blocks = problem.row_blocks();
   const int64_t tiles = (x.rows + kRowsPerTile - 1) / kRowsPerTile;
-#pragma omp parallel
+  const bool parallel = x.rows * problem.n * x.columns >= kParallelProducts;
+#pragma omp parallel if (parallel)
   {
     const int64_t threads = omp_get_num_threads(), thread = omp_get_thread_num();
     const auto share = [&](int64_t count, int64_t i) { return count * i / threads; };

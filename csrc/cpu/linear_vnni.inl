@@ -6,9 +6,8 @@
 //
 // Include inside a namespace of the instruction set, after linear_bytes.inl.
 
-constexpr int kFewRows = 4;
-// Bytes ahead of the stream that are asked for: the hardware prefetcher stops at page borders.
-constexpr int kPrefetch = 4096;
+
+inline I16 as_lanes(__m512i value) { return reinterpret_cast<I16>(value); }
 
 inline __m512i broadcast4(const int8_t* from) { return _mm512_set1_epi32(load<int32_t>(from)); }
 
@@ -28,7 +27,13 @@ inline void few_rows(const Linear& problem, int64_t m_begin, int64_t begin, int6
     for (int64_t block = 0; block < x.blocks(); ++block) {
       const int16_t* stored = problem.block_scale(row_block, block);
       const __mmask64 plain = Decoder512::plain_bytes(stored);
-      __m512i high[kRows][2] = {}, low[kRows][2] = {}, rest[kWide ? kRows : 1][2] = {};
+      __m512i high[kRows][2], low[kRows][2], rest[kWide ? kRows : 1][2];
+      repeat<kRows>(OLIVE_EACH(m) {
+        const int64_t index = x.index(m_begin + m, block);
+        high[m][0] = high[m][1] = low[m][1] = _mm512_setzero_si512();
+        low[m][0] = _mm512_set1_epi32(x.offset[index]);
+        if constexpr (kWide) rest[m][0] = _mm512_set1_epi32(x.rest_offset[index]), rest[m][1] = high[m][0];
+      });
       const int64_t at = x.digits(m_begin, block);
       for (int column = 0; column < x.block; column += kPackColumns, codes += kVectorBytes) {
         _mm_prefetch(reinterpret_cast<const char*>(codes + kPrefetch), _MM_HINT_T0);
@@ -49,12 +54,10 @@ inline void few_rows(const Linear& problem, int64_t m_begin, int64_t begin, int6
       const F16 scale_w = block_scale_values(stored);
       repeat<kRows>(OLIVE_EACH(m) {
         const int64_t index = x.index(m_begin + m, block);
-        const I16 s15 = combine_s15(_mm512_add_epi32(high[m][0], high[m][1]),
-                                    _mm512_add_epi32(low[m][0], low[m][1]), x.sum[index]);
+        const I16 s15 = combine_s15(as_lanes(high[m][0]) + as_lanes(high[m][1]),
+                                    as_lanes(low[m][0]) + as_lanes(low[m][1]));
         I16 r = {};
-        if constexpr (kWide) {
-          r = reinterpret_cast<I16>(_mm512_add_epi32(rest[m][0], rest[m][1])) - kOffset * x.rest_sum[index];
-        }
+        if constexpr (kWide) r = as_lanes(rest[m][0]) + as_lanes(rest[m][1]);
         total[m] = accumulate(total[m], s15, r, kWide, x.scale[index], scale_w);
       });
     }
@@ -66,7 +69,15 @@ inline void few_rows(const Linear& problem, int64_t m_begin, int64_t begin, int6
 template <int kRows, int kBlocks, bool kWide>
 inline void multiply_tile(const Activations& x, const uint8_t* levels, const F16* scale_w, int64_t m, int64_t block,
                           F16* total) {
-  __m512i high[kRows][kBlocks] = {}, low[kRows][kBlocks] = {}, rest[kWide ? kRows : 1][kBlocks] = {};
+  __m512i high[kRows][kBlocks], low[kRows][kBlocks], rest[kWide ? kRows : 1][kBlocks];
+  repeat<kRows>(OLIVE_EACH(i) {
+    const int64_t index = x.index(m + i, block);
+    repeat<kBlocks>(OLIVE_EACH(n) {
+      high[i][n] = _mm512_setzero_si512();
+      low[i][n] = _mm512_set1_epi32(x.offset[index]);
+      if constexpr (kWide) rest[i][n] = _mm512_set1_epi32(x.rest_offset[index]);
+    });
+  });
   const int64_t at = x.digits(m, block), columns = x.block;
   const int8_t *x_high = x.high + at, *x_low = x.low + at, *x_rest = kWide ? x.rest8 + at : nullptr;
   for (int step = 0; step < x.block / 4; ++step) {
@@ -87,9 +98,9 @@ inline void multiply_tile(const Activations& x, const uint8_t* levels, const F16
   repeat<kRows>(OLIVE_EACH(i) {
     const int64_t index = x.index(m + i, block);
     repeat<kBlocks>(OLIVE_EACH(n) {
-      const I16 s15 = combine_s15(high[i][n], low[i][n], x.sum[index]);
+      const I16 s15 = combine_s15(as_lanes(high[i][n]), as_lanes(low[i][n]));
       I16 r = {};
-      if constexpr (kWide) r = reinterpret_cast<I16>(rest[i][n]) - kOffset * x.rest_sum[index];
+      if constexpr (kWide) r = as_lanes(rest[i][n]);
       F16& sum = total[n * kTileRows + i];
       sum = accumulate(sum, s15, r, kWide, x.scale[index], scale_w[n]);
     });
@@ -144,7 +155,11 @@ inline void linear_vnni(const Linear& problem, int64_t m_begin, int64_t m_end, i
     case 2: return few_rows<2, kWide>(problem, m_begin, begin, end);
     case 3: return few_rows<3, kWide>(problem, m_begin, begin, end);
     case 4: return few_rows<4, kWide>(problem, m_begin, begin, end);
-    default: return many_rows<kWide>(problem, m_begin, m_end, begin, end);
+    default: break;
   }
+  if constexpr (!kWide) {  // 24 sums at most, as in many_rows
+    if (m_end - m_begin == 5) return few_rows<5, false>(problem, m_begin, begin, end);
+    if (m_end - m_begin == 6) return few_rows<6, false>(problem, m_begin, begin, end);
+  }
+  many_rows<kWide>(problem, m_begin, m_end, begin, end);
 }
-static_assert(kFewRows == 4, "the switch above");

@@ -16,6 +16,7 @@ namespace olive {
 namespace {
 
 constexpr int64_t kLaneBytes = 4;
+constexpr int64_t kParallelWeights = int64_t{1} << 18;  // below this waking a thread costs more than it brings
 
 // Ask for huge pages for the whole ones inside a buffer that nothing has touched yet: a matrix of 30 MB is 7000 small
 // pages, whose translations a stream at memory speed has to wait for.
@@ -38,7 +39,7 @@ void ovp_pack(const PackShape& shape, const uint8_t* codes, const int16_t* scale
               int16_t* packed_scale) {
   const int64_t row_bytes = (shape.k + 1) / 2, vectors = shape.vectors(), groups = shape.groups();
   advise_huge_pages(packed_codes, shape.row_blocks() * vectors * kVectorBytes);
-#pragma omp parallel for schedule(static)
+#pragma omp parallel for schedule(static) if (shape.n * shape.k >= kParallelWeights)
   for (int64_t block = 0; block < shape.row_blocks(); ++block) {
     uint8_t* to = packed_codes + block * vectors * kVectorBytes;
     for (int64_t vector = 0; vector < vectors; ++vector) {
@@ -63,7 +64,7 @@ void ovp_pack(const PackShape& shape, const uint8_t* codes, const int16_t* scale
 void ovp_unpack(const PackShape& shape, const uint8_t* packed_codes, const int16_t* packed_scale, uint8_t* codes,
                 int16_t* scale) {
   const int64_t row_bytes = (shape.k + 1) / 2, vectors = shape.vectors(), groups = shape.groups();
-#pragma omp parallel for schedule(static)
+#pragma omp parallel for schedule(static) if (shape.n * shape.k >= kParallelWeights)
   for (int64_t row = 0; row < shape.n; ++row) {
     const int64_t block = row / kPackRows, lane = row % kPackRows;
     for (int64_t from = 0; from < row_bytes; from += kLaneBytes) {

@@ -1,4 +1,4 @@
-"""Operators, as `torch.ops.olive.*`: importing this package registers schemas, the reference and the CPU kernels."""
+"""Operators, as `torch.ops.olive.*`: importing this package registers schemas, reference and CPU kernels."""
 
 import torch
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import logging
 from types import ModuleType
 
@@ -19,15 +20,15 @@ _LOG = logging.getLogger("olive")
 def _load() -> ModuleType | None:
     # After torch: the module's OpenMP symbols are those of the runtime that torch has loaded.
     try:
-        from olive import _cpu
+        module = importlib.import_module("olive._cpu")
     except ImportError as error:
         _LOG.warning(
-            "olive._cpu: expected a compiled module, got ImportError (%s); using the slow reference operators. "
-            "Build it with `pip install .`",
+            "olive._cpu: expected a compiled module, got ImportError (%s); using the slow reference "
+            "operators. Build it with `pip install .`",
             error,
         )
         return None
-    return _cpu
+    return module
 
 
 _MODULE = _load()
