@@ -1,0 +1,51 @@
+"""Every kernel bench runs, checks its results and prints a table; timings of tiny problems mean nothing."""
+
+import csv
+from pathlib import Path
+
+import pytest
+from typer.testing import CliRunner
+
+typer = pytest.importorskip("typer")
+
+from bench import bench_ovp_decode, bench_ovp_encode, bench_ovp_linear, plots  # noqa: E402
+from bench.timing import copies_for, take_turns  # noqa: E402
+
+
+@pytest.mark.parametrize("module", [bench_ovp_linear, bench_ovp_encode, bench_ovp_decode])
+def test_tiny_run_prints_a_table(module, tmp_path, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "160")
+    app = typer.Typer()
+    app.command()(module.main)
+    result = CliRunner().invoke(app, ["--tiny", "--threads", "1", "--output", str(tmp_path / "out.csv")])
+    assert result.exit_code == 0, result.output
+    assert "olive" in result.output or "ovp" in result.output or "bfloat16" in result.output
+    assert not list(tmp_path.iterdir()), "a smoke run leaves no figures"
+
+
+def test_linear_bench_writes_what_the_plot_reads(tmp_path):
+    lines = bench_ovp_linear.bench_shape(
+        32, 256, [1, 3], bench_ovp_linear.DTYPES["bfloat16"], 128, 10**5, 0.01
+    )
+    assert {line["m"] for line in lines} == {1, 3}
+    path = tmp_path / "ovp_linear.csv"
+    with path.open("w", newline="") as file:
+        writer = csv.DictWriter(file, list(lines[0]))
+        writer.writeheader()
+        writer.writerows(lines)
+    plots.plot_linear(path, tmp_path / "ovp_linear.svg")
+    assert Path(tmp_path / "ovp_linear.svg").read_text().lstrip().startswith("<?xml")
+
+
+def test_candidates_take_turns():
+    order = []
+    timings = take_turns(
+        {"a": lambda turn: order.append(("a", turn)), "b": lambda turn: order.append(("b", turn))}, 0
+    )
+    assert order[4:8] == [("a", 2), ("b", 2), ("a", 3), ("b", 3)]
+    assert timings["a"].runs == timings["b"].runs >= 5
+
+
+def test_copies_are_at_least_two():
+    assert copies_for(10, 100) == 10
+    assert copies_for(10**9, 100) == 2
