@@ -18,7 +18,7 @@ from olive.frameworks import framework_models
 from olive.nn import OVPExperts, OVPLinear
 from olive.ops.schemas import FLOATS
 from olive.ptq import quantize_weight
-from olive.walk import HEAD, Inventory, attach_config, attached_config, skip_matches, walk
+from olive.walk import Inventory, attach_config, attached_config, check_skip, exchange, walk
 
 _CHUNK_VALUES = 1 << 20  # decoded at a time when the error is measured
 
@@ -249,11 +249,7 @@ def _check_inventory(model: nn.Module, config: QuantConfig, inventory: Inventory
             raise ValueError(
                 f"model: expected a model that is not quantized, got one quantized with {method}"
             )
-    unmatched = [entry for entry in config.skip if entry != HEAD and not _names_a_module(model, entry)]
-    if unmatched:
-        raise ValueError(
-            f"skip: expected names of modules in the model, got {unmatched[0]!r}, which matches none"
-        )
+    check_skip(model, config.skip)
     if not inventory.targets:
         reasons = sorted({skipped.reason for skipped in inventory.skipped})
         found = "; ".join(reasons) if reasons else "no parameters"
@@ -274,30 +270,18 @@ def _check_inventory(model: nn.Module, config: QuantConfig, inventory: Inventory
                 raise TypeError(f"{name}: expected float32, bfloat16 or float16, got {parameter.dtype}")
 
 
-def _names_a_module(model: nn.Module, entry: str) -> bool:
-    return any(skip_matches(name, (entry,)) for name, _ in model.named_modules() if name)
-
-
 def _exchange(
     model: nn.Module,
     replacements: dict[nn.Module, nn.Module],
     then: Callable[[], None],
     undo: Callable[[], None],
 ) -> None:
-    """Put new modules wherever the old ones are registered, then call `then`; all or nothing."""
-    places = [
-        (parent, key, child)
-        for parent in model.modules()
-        for key, child in parent._modules.items()
-        if child is not None and child in replacements
-    ]
+    """Put new modules in the places of the old ones, then call `then`; all or nothing."""
+    put_back = exchange(model, replacements)
     try:
-        for parent, key, child in places:
-            parent._modules[key] = replacements[child]
         then()
     except BaseException:  # Ctrl-C too
-        for parent, key, child in places:
-            parent._modules[key] = child
+        put_back()
         undo()
         raise
 

@@ -8,7 +8,7 @@ model with its weights, and (modules found as `quantized` instead of `targets`) 
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from typing import Literal
@@ -139,6 +139,46 @@ def skip_matches(name: str, skip: tuple[str, ...]) -> str | None:
             if "*" in entry and (fnmatchcase(path, entry) or fnmatchcase(path, f"*.{entry}")):
                 return entry
     return None
+
+
+def check_skip(model: nn.Module, skip: tuple[str, ...]) -> None:
+    """Refuse entries that no module of the model matches: most likely a slip of the pen.
+
+    Raises:
+        ValueError: such an entry, "lm_head" apart, which is in the default.
+    """
+    names = [name for name, _ in model.named_modules() if name]
+    for entry in skip:
+        if entry != HEAD and not any(skip_matches(name, (entry,)) for name in names):
+            raise ValueError(
+                f"skip: expected names of modules in the model, got {entry!r}, which matches none"
+            )
+
+
+def exchange(model: nn.Module, replacements: dict[nn.Module, nn.Module]) -> Callable[[], None]:
+    """Put new modules wherever the old ones are registered.
+
+    Returns:
+        What puts the old ones back.
+    """
+    places = [
+        (parent, key, child)
+        for parent in model.modules()
+        for key, child in parent._modules.items()
+        if child is not None and child in replacements
+    ]
+
+    def undo() -> None:
+        for parent, key, child in places:
+            parent._modules[key] = child
+
+    try:
+        for parent, key, child in places:
+            parent._modules[key] = replacements[child]
+    except BaseException:  # Ctrl-C
+        undo()
+        raise
+    return undo
 
 
 def _known_class(module: str, name: str) -> type | None:

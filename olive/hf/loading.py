@@ -17,17 +17,9 @@ from olive.hf.pages import CleanPages
 from olive.hf.stored import Header, check_contents, check_float_header, check_headers, read_headers
 from olive.nn import OVPExperts, OVPLinear, OVPWeight
 from olive.quantization import StoredWeight, quantize_parameter
-from olive.walk import HEAD, Target, skip_matches, walk
+from olive.walk import Target, check_skip, exchange, walk
 
 _STORED = ("codes", "scale", "codebook")
-
-
-def _exchange(model: nn.Module, replacements: dict[nn.Module, nn.Module]) -> None:
-    """Put new modules where the old ones are registered."""
-    for parent in list(model.modules()):
-        for key, child in parent._modules.items():
-            if child is not None and child in replacements:
-                parent._modules[key] = replacements[child]
 
 
 def check_device_map(device_map: Any) -> None:
@@ -95,7 +87,7 @@ class StoredCheckpoint:
                 self._check(target, new, headers)
         if headers is not None:
             _check_unlisted(headers, config, prefix, parameters)
-        _exchange(model, replacements)
+        exchange(model, replacements)
 
     def _add(self, target: Target, new: OVPLinear | OVPExperts, config: OliveConfig) -> None:
         for parameter, weight in target.weights(new).items():
@@ -164,10 +156,6 @@ def _module_name(parameter: str, weight: OVPWeight) -> str:
     return parameter.removesuffix(".weight") if isinstance(weight, OVPLinear) else parameter
 
 
-def _names_a_module(model: nn.Module, entry: str) -> bool:
-    return any(skip_matches(name, (entry,)) for name, _ in model.named_modules() if name)
-
-
 class QuantizeOnLoad:
     """Quantization of a full-precision checkpoint, one tensor at a time.
 
@@ -181,11 +169,7 @@ class QuantizeOnLoad:
     """
 
     def __init__(self, model: Any, config: QuantConfig, files: list[str]) -> None:
-        unmatched = [entry for entry in config.skip if entry != HEAD and not _names_a_module(model, entry)]
-        if unmatched:
-            raise ValueError(
-                f"skip: expected names of modules in the model, got {unmatched[0]!r}, which matches none"
-            )
+        check_skip(model, config.skip)
         self._config = config
         self._targets = walk(model, config).targets
         if not self._targets:
@@ -242,6 +226,6 @@ class QuantizeOnLoad:
                 weight.sqnr_db = stored.sqnr_db
                 weight.pack_()
             replacements[target.module] = new
-        _exchange(model, replacements)
+        exchange(model, replacements)
         align_(model)
         self._pages.drop()
