@@ -23,6 +23,13 @@ struct Free {
 // milliseconds where another program has its core.
 constexpr int64_t kParallelProducts = int64_t{1} << 19;
 
+// Up to this many activations one thread converts them before the others are woken (about 5 microseconds): a second
+// barrier costs more.
+constexpr int64_t kConvertAlone = int64_t{1} << 16;
+
+// Enough tasks to even out, few enough that each is a long stream of codes.
+constexpr int64_t kTasksPerThread = 8;
+
 // Cache-line aligned pieces of one allocation.
 class Arena {
  public:
@@ -95,28 +102,33 @@ void ovp_linear(Isa isa, const LinearArguments& arguments) {
   problem.out = arguments.out;
   problem.out_type = arguments.x_type;
 
-  const int64_t row_blocks = problem.row_blocks();
-  const int64_t tiles = (x.rows + kRowsPerTile - 1) / kRowsPerTile;
+  const auto convert = [&](int64_t begin, int64_t end) {
+    kernels.convert_rows(x, arguments.x, arguments.x_type, arguments.shape.k, begin, end);
+  };
   const bool parallel = x.rows * problem.n * x.columns >= kParallelProducts;
+  const bool convert_first = !parallel || x.padded * x.columns <= kConvertAlone;
+  if (convert_first) convert(0, x.padded);
+
+  // A task is a tile of activation rows times a run of whole panels (two row blocks); within a tile consecutive tasks
+  // are consecutive in memory. Threads take tasks as they get free: on a shared machine, or with cores of two kinds,
+  // equal shares would wait for the slowest. Outputs do not depend on who computes them.
+  const int64_t panels = (problem.row_blocks() + 1) / 2;
+  const int64_t tiles = (x.rows + kRowsPerTile - 1) / kRowsPerTile;
 #pragma omp parallel if (parallel)
   {
-    const int64_t threads = omp_get_num_threads(), thread = omp_get_thread_num();
-    const auto share = [&](int64_t count, int64_t i) { return count * i / threads; };
-    kernels.convert_rows(x, arguments.x, arguments.x_type, arguments.shape.k, share(x.padded, thread),
-                         share(x.padded, thread + 1));
-#pragma omp barrier
-    // Every thread owns a run of row blocks (its own stream of codes), in whole panels of two; where there are fewer
-    // panels than threads and several tiles of activations, threads share the tiles instead.
-    const int64_t panels = (row_blocks + 1) / 2;
-    if (panels >= threads || tiles < threads) {
-      const int64_t begin = share(panels, thread) * 2, end = std::min(row_blocks, share(panels, thread + 1) * 2);
-      for (int64_t tile = 0; tile < tiles && begin < end; ++tile) {
-        kernels.linear(problem, tile * kRowsPerTile, std::min(x.rows, (tile + 1) * kRowsPerTile), begin, end);
+    const int64_t threads = omp_get_num_threads();
+    const int64_t runs = std::min(panels, kTasksPerThread * threads);
+    if (!convert_first) {
+#pragma omp for schedule(static)
+      for (int64_t part = 0; part < threads; ++part) {
+        convert(x.padded * part / threads, x.padded * (part + 1) / threads);
       }
-    } else {
-      for (int64_t tile = share(tiles, thread); tile < share(tiles, thread + 1); ++tile) {
-        kernels.linear(problem, tile * kRowsPerTile, std::min(x.rows, (tile + 1) * kRowsPerTile), 0, row_blocks);
-      }
+    }
+#pragma omp for schedule(dynamic) nowait
+    for (int64_t task = 0; task < tiles * runs; ++task) {
+      const int64_t tile = task / runs, run = task % runs;
+      const int64_t begin = panels * run / runs * 2, end = std::min(problem.row_blocks(), panels * (run + 1) / runs * 2);
+      kernels.linear(problem, tile * kRowsPerTile, std::min(x.rows, (tile + 1) * kRowsPerTile), begin, end);
     }
   }
 }
