@@ -47,6 +47,8 @@ def cpu_isas() -> list[str]:
 def _kernels() -> ModuleType:
     if _MODULE is None:
         raise RuntimeError("olive._cpu: expected a compiled module, got none; build it with `pip install .`")
+    # torch.set_num_threads reaches a new Python thread only once torch is asked there (30 ns).
+    torch.get_num_threads()
     return _MODULE
 
 
