@@ -1,0 +1,161 @@
+"""Writes the result tables of the README from the CSV files of the benches: no figure is typed in by hand.
+
+    python -m bench.readme            # write
+    python -m bench.readme --check    # exit status 1 if the README is not what the CSV files say
+
+A table stands between `<!-- results:NAME -->` and `<!-- /results -->`. Where a figure was measured more than
+once, the last one counts.
+"""
+
+from __future__ import annotations
+
+import csv
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from bench.common import RESULTS, ROOT
+
+Row = dict[str, str]
+GROUP_SIZE = "128"
+QUALITY_COLUMNS = (  # metric, data, title, digits
+    ("weight error", "MiniLM-L6", "weight error, MiniLM", 4),
+    ("embedding distance", "MiniLM-L6", "embedding distance, MiniLM", 4),
+    ("weight error", "tiny_llama", "weight error, bundled model", 4),
+    ("perplexity", "tiny_llama", "perplexity, bundled model", 3),
+)
+PEERS = (  # backend, title
+    ("torch_float32", "torch float32"),
+    ("torch_int4", "torch int4"),
+    ("torchao_w4a8", "torchao W4A8"),
+)
+
+
+def read_rows(path: Path) -> list[Row]:
+    """The lines of a CSV file; none if there is no such file."""
+    if not path.exists():
+        return []
+    with path.open(newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def markdown(header: list[str], lines: list[list[str]]) -> str:
+    """A markdown table; the first column is text, the others are figures."""
+    rule = ["---"] + ["---:"] * (len(header) - 1)
+    return "\n".join("| " + " | ".join(cells) + " |" for cells in (header, rule, *lines))
+
+
+def measured(rows: Iterable[Row], command: str) -> str:
+    """Where the figures come from, and how to get them again."""
+    places = dict.fromkeys(
+        f"{row['machine']}, {row['threads']} thread{'s' * (row['threads'] != '1')}, torch {row['torch']}, "
+        f"commit {row['commit']}, {row['date']}"
+        for row in rows
+    )
+    return f"Reproduce with `{command}`. Measured on {'; '.join(places)}."
+
+
+def quality_table(rows: list[Row]) -> str:
+    """Formats at groups of 128: one line each, the least figure of a column in bold."""
+    rows = [row for row in rows if row["group_size"] == GROUP_SIZE]
+    cells = {(row["format"], row["metric"], row["data"]): row for row in rows}
+    formats = list(dict.fromkeys(row["format"] for row in rows))
+    formats.sort(key=lambda name: name != "float32")
+    columns = [column for column in QUALITY_COLUMNS if any(key[1:] == column[:2] for key in cells)]
+    least = {
+        column: min(
+            float(row["value"]) for key, row in cells.items() if key[1:] == column[:2] and key[0] != "float32"
+        )
+        for column in columns
+    }
+    lines = []
+    used = []
+    for name in formats:
+        found = {column: cells.get((name, *column[:2])) for column in columns}
+        if not any(found.values()):
+            continue
+        line = [f"`{name}`" if name.startswith("OVP") else name]
+        line.append(next(f"{float(row['bits_per_weight']):.3f}" for row in found.values() if row))
+        for column, row in found.items():
+            if row is None:
+                line.append("")
+                continue
+            used.append(row)
+            text = f"{float(row['value']):.{column[3]}f}"
+            line.append(f"**{text}**" if name != "float32" and float(row["value"]) == least[column] else text)
+        lines.append(line)
+    table = markdown(["format", "bits", *(column[2] for column in columns)], lines)
+    return f"{table}\n\n{measured(used, 'python -m bench.bench_quality')}"
+
+
+def linear_table(rows: list[Row]) -> str:
+    """One line per shape and M: our time and bandwidth, and speed-ups over torch's bfloat16 linear."""
+    rows = [row for row in rows if row["group_size"] == GROUP_SIZE and row["dtype"] == "bfloat16"]
+    cells = {(int(row["m"]), int(row["n"]), int(row["k"]), row["backend"].split()[0]): row for row in rows}
+    peers = [(key, title) for key, title in PEERS if any(cell[3] == key for cell in cells)]
+    lines = []
+    used = []
+    for m, n, k in sorted({key[:3] for key in cells if key[3] == "olive"}):
+        ours = cells[m, n, k, "olive"]
+        used.append(ours)
+        line = [f"{n} x {k}", str(m), f"{float(ours['median_ms']):.3f}", f"{float(ours['weight_gb_s']):.1f}"]
+        line.append(f"**{float(ours['speedup']):.2f}**")
+        for key, _ in peers:
+            row = cells.get((m, n, k, key))
+            line.append("" if row is None else f"{float(row['speedup']):.2f}")
+        lines.append(line)
+    header = ["N x K", "M", "OliVe, ms", "GB/s of codes", "OliVe", *(title for _, title in peers)]
+    isas = dict.fromkeys(row["backend"].partition(" ")[2] for row in used)
+    where = measured(used, "python -m bench.bench_ovp_linear")
+    return f"{markdown(header, lines)}\n\n{where} OliVe ran on its {' and '.join(isas)} kernels."
+
+
+SECTIONS: dict[str, tuple[str, Callable[[list[Row]], str]]] = {
+    "quality": ("quality.csv", quality_table),
+    "ovp_linear": ("ovp_linear.csv", linear_table),
+}
+
+
+def fill(text: str, name: str, content: str) -> str:
+    """Put `content` between the markers of `name`.
+
+    Raises:
+        ValueError: the text does not hold the two markers once, in their order.
+    """
+    start, end = f"<!-- results:{name} -->", "<!-- /results -->"
+    head, found, rest = text.partition(start)
+    _, closed, tail = rest.partition(end)
+    if not found or not closed or start in tail or "<!-- results:" in rest[: rest.find(end)]:
+        raise ValueError(f"README: expected {start} followed by {end} once, got another text")
+    return f"{head}{start}\n{content}\n{end}{tail}"
+
+
+def render(text: str, results: Path) -> str:
+    """The README with the tables that the CSV files in `results` give."""
+    for name, (file, table) in SECTIONS.items():
+        rows = read_rows(results / file)
+        text = fill(text, name, table(rows) if rows else f"No figures yet: bench/results/{file} is missing.")
+    return text
+
+
+def main(
+    check: Annotated[bool, typer.Option(help="Write nothing; exit status 1 if it is outdated.")] = False,
+    readme: Annotated[Path, typer.Option(help="File to fill.")] = ROOT / "README.md",
+    results: Annotated[Path, typer.Option(help="Folder of the CSV files.")] = RESULTS,
+) -> None:
+    """Fill the tables of the README."""
+    before = readme.read_text(encoding="utf-8")
+    after = render(before, results)
+    if after == before:
+        return
+    if check:
+        message = f"{readme}: expected the figures of {results}, got others; run `python -m bench.readme`"
+        typer.echo(message, err=True)
+        raise typer.Exit(1)
+    readme.write_text(after, encoding="utf-8")
+
+
+if __name__ == "__main__":
+    typer.run(main)

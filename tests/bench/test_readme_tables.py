@@ -1,0 +1,152 @@
+"""bench.readme: tables from small CSV files, markers, and that the README itself is up to date."""
+
+from __future__ import annotations
+
+import csv
+from pathlib import Path
+
+import pytest
+from typer.testing import CliRunner
+
+from bench import readme
+from bench.common import RESULTS, ROOT
+
+PLACE = {
+    "machine": "a chip, 2 cores", "threads": "2", "torch": "2.13.0", "commit": "abc", "date": "2026-01-02",
+}  # fmt: skip
+PAGE = """# Title
+<!-- results:quality -->
+old
+<!-- /results -->
+between
+<!-- results:ovp_linear -->
+<!-- /results -->
+end
+"""
+
+
+def write(path: Path, rows: list[dict[str, str]]) -> None:
+    with path.open("w", newline="") as file:
+        writer = csv.DictWriter(file, [*rows[0], *PLACE])
+        writer.writeheader()
+        writer.writerows({**row, **PLACE} for row in rows)
+
+
+def quality(
+    name: str, metric: str, data: str, value: str, group: str = "128", bits: str = "4.1259"
+) -> dict[str, str]:
+    return {
+        "format": name, "bits_per_weight": bits, "group_size": group,
+        "metric": metric, "data": data, "value": value,
+    }  # fmt: skip
+
+
+def linear(backend: str, m: str, ms: str, speedup: str, **more: str) -> dict[str, str]:
+    row = {
+        "backend": backend, "m": m, "n": "64", "k": "256", "dtype": "bfloat16", "group_size": "128",
+        "median_ms": ms, "weight_gb_s": "30.04", "speedup": speedup,
+    }  # fmt: skip
+    return {**row, **more}
+
+
+@pytest.fixture
+def results(tmp_path: Path) -> Path:
+    write(
+        tmp_path / "quality.csv",
+        [
+            quality("OVP adaptive", "perplexity", "tiny_llama", "99"),  # measured again below
+            quality("OVP adaptive", "weight error", "MiniLM-L6", "0.00808"),
+            quality("OVP adaptive", "weight error", "MiniLM-L6", "0.001", group="64"),
+            quality("OVP adaptive", "weight error", "Gaussian", "0.001"),
+            quality("NF4, absmax", "weight error", "MiniLM-L6", "0.00984", bits="4.25"),
+            quality("NF4, absmax", "perplexity", "tiny_llama", "9.5", bits="4.25"),
+            quality("float32", "perplexity", "tiny_llama", "9.17714", bits="32.0"),
+            quality("OVP adaptive", "perplexity", "tiny_llama", "9.33905"),
+            quality("only synthetic", "weight error", "Gaussian", "0.5"),
+        ],
+    )
+    write(
+        tmp_path / "ovp_linear.csv",
+        [
+            linear("olive avx512_vnni", "16", "0.5", "2.345"),
+            linear("torch_int4", "16", "2.0", "0.451"),
+            linear("olive avx512_vnni", "1", "0.0512", "4.256"),
+            linear("olive avx512_vnni", "1", "9", "9", group_size="64"),
+            linear("olive avx512_vnni", "1", "9", "9", dtype="float32"),
+            linear("torch_half", "1", "0.2", "1.000"),
+        ],
+    )
+    return tmp_path
+
+
+def test_tables(results: Path) -> None:
+    assert readme.render(PAGE, results) == (
+        "# Title\n"
+        "<!-- results:quality -->\n"
+        "| format | bits | weight error, MiniLM | perplexity, bundled model |\n"
+        "| --- | ---: | ---: | ---: |\n"
+        "| float32 | 32.000 |  | 9.177 |\n"
+        "| `OVP adaptive` | 4.126 | **0.0081** | **9.339** |\n"
+        "| NF4, absmax | 4.250 | 0.0098 | 9.500 |\n"
+        "\n"
+        "Reproduce with `python -m bench.bench_quality`. "
+        "Measured on a chip, 2 cores, 2 threads, torch 2.13.0, commit abc, 2026-01-02.\n"
+        "<!-- /results -->\n"
+        "between\n"
+        "<!-- results:ovp_linear -->\n"
+        "| N x K | M | OliVe, ms | GB/s of codes | OliVe | torch int4 |\n"
+        "| --- | ---: | ---: | ---: | ---: | ---: |\n"
+        "| 64 x 256 | 1 | 0.051 | 30.0 | **4.26** |  |\n"
+        "| 64 x 256 | 16 | 0.500 | 30.0 | **2.35** | 0.45 |\n"
+        "\n"
+        "Reproduce with `python -m bench.bench_ovp_linear`. "
+        "Measured on a chip, 2 cores, 2 threads, torch 2.13.0, commit abc, 2026-01-02. "
+        "OliVe ran on its avx512_vnni kernels.\n"
+        "<!-- /results -->\n"
+        "end\n"
+    )
+
+
+def test_rendering_again_changes_nothing(results: Path) -> None:
+    once = readme.render(PAGE, results)
+    assert readme.render(once, results) == once
+
+
+def test_missing_files_are_said(tmp_path: Path) -> None:
+    assert "No figures yet: bench/results/quality.csv is missing." in readme.render(PAGE, tmp_path)
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "",
+        "<!-- results:quality -->",
+        "<!-- results:quality --><!-- results:ovp_linear --><!-- /results -->",
+        "<!-- results:quality --><!-- /results --><!-- results:quality --><!-- /results -->",
+    ],
+)
+def test_missing_markers_are_rejected(text: str) -> None:
+    with pytest.raises(ValueError, match=r"README: expected <!-- results:quality --> followed by"):
+        readme.fill(text, "quality", "table")
+
+
+def test_command(results: Path, tmp_path: Path) -> None:
+    import typer
+
+    app = typer.Typer()
+    app.command()(readme.main)
+    page = tmp_path / "page.md"
+    page.write_text(PAGE)
+    arguments = ["--readme", str(page), "--results", str(results)]
+    checked = CliRunner().invoke(app, ["--check", *arguments])
+    assert checked.exit_code == 1
+    assert "run `python -m bench.readme`" in checked.output
+    assert page.read_text() == PAGE
+    assert CliRunner().invoke(app, arguments).exit_code == 0
+    assert page.read_text() == readme.render(PAGE, results)
+    assert CliRunner().invoke(app, ["--check", *arguments]).exit_code == 0
+
+
+def test_readme_has_the_figures_of_the_results() -> None:
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    assert readme.render(text, RESULTS) == text, "run `python -m bench.readme`"
