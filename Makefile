@@ -13,7 +13,7 @@ MODEL ?= examples/tiny_llama
 BIN := $(VENV)/bin
 PIP := $(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt
 SOURCES := CMakeLists.txt setup.py pyproject.toml constraints.txt $(shell find csrc -type f)
-CPP := $(shell find csrc -name '*.cpp' -o -name '*.h' -o -name '*.inl')
+CPP := $(shell find csrc tests -name '*.cpp' -o -name '*.h' -o -name '*.inl')
 
 .PHONY: demo test bench gpu lint wheel install clean
 
@@ -39,8 +39,10 @@ bench: install
 	$(BIN)/python -m bench.bench_ovp_linear
 	$(BIN)/python -m bench.bench_ovp_encode
 	$(BIN)/python -m bench.bench_ovp_decode
+	$(BIN)/python -m bench.bench_generate
 	$(BIN)/python -m bench.bench_quality
 	$(BIN)/python -m bench.plots
+	$(BIN)/python -m bench.readme
 
 gpu:
 	$(GPU_PYTHON) -m cmake -S . -B build/gpu -G Ninja -DOLIVE_IN_PLACE=ON \

@@ -101,10 +101,11 @@ def linear_table(rows: list[Row]) -> str:
         ours = cells[m, n, k, "olive"]
         used.append(ours)
         line = [f"{n} x {k}", str(m), f"{float(ours['median_ms']):.3f}", f"{float(ours['weight_gb_s']):.1f}"]
-        line.append(f"**{float(ours['speedup']):.2f}**")
-        for key, _ in peers:
-            row = cells.get((m, n, k, key))
-            line.append("" if row is None else f"{float(row['speedup']):.2f}")
+        speedups = [cells[m, n, k, key]["speedup"] if (m, n, k, key) in cells else "" for key, _ in peers]
+        best = max([1.0, *(float(speedup) for speedup in speedups if speedup)])  # 1.0 is torch's bfloat16
+        text = f"{float(ours['speedup']):.2f}"
+        line.append(f"**{text}**" if float(ours["speedup"]) > best else text)
+        line += [f"{float(speedup):.2f}" if speedup else "" for speedup in speedups]
         lines.append(line)
     header = ["N x K", "M", "OliVe, ms", "GB/s of codes", "OliVe", *(title for _, title in peers)]
     isas = dict.fromkeys(row["backend"].partition(" ")[2] for row in used)
@@ -112,9 +113,26 @@ def linear_table(rows: list[Row]) -> str:
     return f"{markdown(header, lines)}\n\n{where} OliVe ran on its {' and '.join(isas)} kernels."
 
 
+def generate_table(rows: list[Row]) -> str:
+    """Tokens per second of whole models, the newest run of each."""
+    newest = {(row["parameters"], row["backend"]): row for row in rows}
+    used = list(newest.values())
+    lines = [
+        [
+            f"{int(row['parameters']) / 1e9:.1f} B parameters, {row['backend']}",
+            f"{float(row['tokens_s']):.1f}",
+            f"{float(row['speedup']):.2f}",
+        ]
+        for row in used
+    ]
+    where = measured(used, "python -m bench.bench_generate")
+    return f"{markdown(['model', 'tokens per second', 'speed-up'], lines)}\n\n{where}"
+
+
 SECTIONS: dict[str, tuple[str, Callable[[list[Row]], str]]] = {
     "quality": ("quality.csv", quality_table),
     "ovp_linear": ("ovp_linear.csv", linear_table),
+    "generate": ("generate.csv", generate_table),
 }
 
 

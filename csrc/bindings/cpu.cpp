@@ -31,7 +31,8 @@ void check_shape(int64_t n, int64_t k, int group_size) {
     throw std::invalid_argument("shape: expected N, K >= 1 within 64 bits, got " + std::to_string(n) + ", " +
                                 std::to_string(k));
   }
-  if (!known) throw std::invalid_argument("group_size: expected -1, 0, 32, 64 or 128, got " + std::to_string(group_size));
+  if (!known)
+    throw std::invalid_argument("group_size: expected -1, 0, 32, 64 or 128, got " + std::to_string(group_size));
 }
 
 Isa isa_of(const std::string& name) { return name.empty() ? default_isa() : isa_from_name(name); }

@@ -30,7 +30,7 @@ OLIVE_FN uint16_t float_to_f16(float value) {
   const uint32_t magnitude = bits & 0x7FFFFFFFu;
   if (magnitude > 0x7F800000u) return static_cast<uint16_t>(sign | 0x7E00u);
   if (magnitude >= 0x477FF000u) return static_cast<uint16_t>(sign | 0x7C00u);  // rounds to 65536 or more
-  if (magnitude < 0x38800000u) {                                                 // subnormal: adding 0.5 aligns the bits
+  if (magnitude < 0x38800000u) {                                               // subnormal: adding 0.5 aligns the bits
     const float aligned = bits_to_float(magnitude) + 0.5f;
     return static_cast<uint16_t>(sign | (float_to_bits(aligned) - 0x3F000000u));
   }

@@ -19,7 +19,7 @@
 namespace olive {
 
 constexpr int kIdentifier = 8;
-constexpr int kMaxBlock = 128;  // columns whose integer products are summed before a scale is applied
+constexpr int kMaxBlock = 128;                   // columns whose integer products are summed before a scale is applied
 constexpr float kTiny = 8.673617379884035e-19f;  // 2^-60: groups below it are zeros with scale 1
 
 // Levels by nibble, sign applied; the identifier's own entries are 0. |level| <= 255.

@@ -34,9 +34,9 @@ inline void convert_block(const Activations& to, const float* values, int64_t ro
   const int shift = to.wide ? 21 : 13;
   const float multiple = zero ? 0.0f : bits_to_float(static_cast<uint32_t>(254 + shift - exponent) << 23);
   const int64_t index = to.index(row, block);
-  to.scale[index] = any(bad)  ? __builtin_nanf("")
-                    : zero    ? 0.0f
-                              : bits_to_float(static_cast<uint32_t>(exponent - shift) << 23);
+  to.scale[index] = any(bad) ? __builtin_nanf("")
+                    : zero   ? 0.0f
+                             : bits_to_float(static_cast<uint32_t>(exponent - shift) << 23);
   I16 sum = {}, rest_sum = {};
   for (int i = 0; i < to.block; i += kLanes) {
     const int64_t at = to.digits(row, block) + i;

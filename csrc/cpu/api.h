@@ -37,8 +37,8 @@ struct LinearArguments {
   Float x_type;
   int64_t m;
   PackShape shape;
-  const uint8_t* codes;   // packed
-  const int16_t* scale;   // packed
+  const uint8_t* codes;  // packed
+  const int16_t* scale;  // packed
   Codebook book;
   const void* bias;  // [N], nullptr = no bias
   Float bias_type;

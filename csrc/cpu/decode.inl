@@ -33,12 +33,11 @@ void decode_rows(const uint8_t* codes, const int16_t* scale, const Codebook& boo
     for (int64_t group = 0; group < groups; ++group) {
       const int16_t stored = scale[group_size == 0 ? 0 : row * groups + group];
       const float value = scale_value(stored);
-      const int16_t(*levels)[2] = table.levels[scale_is_plain(stored) ? 1 : 0];
+      const int16_t (*levels)[2] = table.levels[scale_is_plain(stored) ? 1 : 0];
       const int64_t first = group * width, last = first + width < k ? first + width : k;
       int64_t column = first;
       for (; column + kLanes <= last; column += kLanes) {
-        store_floats(out, row * k + column, type,
-                     decode_lanes(codes + row * row_bytes + column / 2, levels, value));
+        store_floats(out, row * k + column, type, decode_lanes(codes + row * row_bytes + column / 2, levels, value));
       }
       for (; column < last; ++column) {
         const int16_t level = levels[codes[row * row_bytes + column / 2]][column & 1];

@@ -38,7 +38,7 @@ inline Tables make_tables(const Codebook& book) {
 template <int kCount>
 inline F16 nearest(F16 t, const F16* levels, const F16* mids) {
   F16 level = levels[0];
-OLIVE_LEVEL_UNROLL
+  OLIVE_LEVEL_UNROLL
   for (int i = 0; i < kCount - 1; ++i) level = select(t > mids[i], levels[i + 1], level);
   return level;
 }
@@ -46,7 +46,7 @@ OLIVE_LEVEL_UNROLL
 template <int kCount>
 inline I16 nearest_index(F16 t, const F16* mids) {
   I16 index = {};
-OLIVE_LEVEL_UNROLL
+  OLIVE_LEVEL_UNROLL
   for (int i = 0; i < kCount - 1; ++i) index -= t > mids[i];  // a true lane is -1
   return index;
 }
@@ -306,8 +306,7 @@ bool search_rows(const Weight& weight, const Codebook& book, const Search& searc
       if (!statistics(pairs, &largest, &energy)) return false;
       int16_t best = pack_scale(1.0f, false);
       if (largest >= kTiny) {
-        const float three_sigma =
-            static_cast<float>(3.0 * __builtin_sqrt(energy / static_cast<double>(last - first)));
+        const float three_sigma = static_cast<float>(3.0 * __builtin_sqrt(energy / static_cast<double>(last - first)));
         const float pair_base = (largest < three_sigma ? largest : three_sigma) / book.normal[7];
         const float plain_base = largest / (book.plain[15] > 1 ? book.plain[15] : 1);
         double least = __builtin_inf();

@@ -25,18 +25,18 @@ constexpr int kOffset = 128;  // byte kernels hold a weight as the unsigned byte
 // Digits are laid out [blocks, padded, block]: rows that are multiplied together are neighbours. (Rows K bytes apart
 // would share the sets of the first-level cache whenever K is a multiple of 4096.)
 struct Activations {
-  int64_t rows;     // M
-  int64_t padded;   // rows allocated: M, or a multiple of 16 for tiles
-  int64_t columns;  // K padded to whole blocks
-  int block;        // columns per block: 32, 64 or 128
-  bool wide;        // 23-bit numbers
-  int16_t* words;     // q15, word kernels
-  int16_t* rest;      // word kernels, wide only
-  int8_t* high;       // byte kernels
-  int8_t* low;        // byte kernels
-  int8_t* rest8;      // byte kernels, wide only
-  float* scale;       // [blocks, padded]
-  int32_t* offset;    // [blocks, padded] byte kernels: -128 * sum of q15, which takes off what weights + 128 add
+  int64_t rows;          // M
+  int64_t padded;        // rows allocated: M, or a multiple of 16 for tiles
+  int64_t columns;       // K padded to whole blocks
+  int block;             // columns per block: 32, 64 or 128
+  bool wide;             // 23-bit numbers
+  int16_t* words;        // q15, word kernels
+  int16_t* rest;         // word kernels, wide only
+  int8_t* high;          // byte kernels
+  int8_t* low;           // byte kernels
+  int8_t* rest8;         // byte kernels, wide only
+  float* scale;          // [blocks, padded]
+  int32_t* offset;       // [blocks, padded] byte kernels: -128 * sum of q15, which takes off what weights + 128 add
   int32_t* rest_offset;  // [blocks, padded] likewise of rest; wide only
   int64_t blocks() const { return columns / block; }
   int64_t index(int64_t row, int64_t of_block) const { return of_block * padded + row; }
@@ -45,14 +45,14 @@ struct Activations {
 
 struct Linear {
   Activations x;
-  const uint8_t* codes;     // packed [ceil(N / 16), K' / 8, 64]
-  const int16_t* scale;     // packed [ceil(N / 16), groups, 16]
-  int64_t groups;           // scales per row: blocks, or 1
-  int64_t n;                // N
+  const uint8_t* codes;  // packed [ceil(N / 16), K' / 8, 64]
+  const int16_t* scale;  // packed [ceil(N / 16), groups, 16]
+  int64_t groups;        // scales per row: blocks, or 1
+  int64_t n;             // N
   Codebook book;
-  const void* bias;         // [N], nullptr = no bias
+  const void* bias;  // [N], nullptr = no bias
   Float bias_type;
-  void* out;                // [M, N]
+  void* out;  // [M, N]
   Float out_type;
   int64_t row_blocks() const { return (n + kPackRows - 1) / kPackRows; }
   const int16_t* block_scale(int64_t row_block, int64_t block) const {
@@ -95,18 +95,28 @@ struct Kernels {
   void (*row_errors)(const Weight&, const Codebook&, const Search&, int64_t row, float pair_base, float plain_base,
                      double* errors);
   // Encode rows [begin, end) with scales given; importance as in Search.
-  void (*encode_rows)(const Weight&, const Codebook&, bool paper_pairing, const float* importance,
-                      const int16_t* scale, int64_t begin, int64_t end, uint8_t* codes);
+  void (*encode_rows)(const Weight&, const Codebook&, bool paper_pairing, const float* importance, const int16_t* scale,
+                      int64_t begin, int64_t end, uint8_t* codes);
   // Decode rows [begin, end) of canonical codes to [N, K].
   void (*decode_rows)(const uint8_t* codes, const int16_t* scale, const Codebook&, int64_t k, int group_size,
                       int64_t begin, int64_t end, void* out, Float type);
 };
 
 // Defined once per instruction set, in namespaces of the same name; empty where the compiler lacks it.
-namespace portable { Kernels kernels(); }
-namespace avx2 { Kernels kernels(); }
-namespace avx512 { Kernels kernels(); }
-namespace avx512_vnni { Kernels kernels(); }
-namespace amx { Kernels kernels(); }
+namespace portable {
+Kernels kernels();
+}
+namespace avx2 {
+Kernels kernels();
+}
+namespace avx512 {
+Kernels kernels();
+}
+namespace avx512_vnni {
+Kernels kernels();
+}
+namespace amx {
+Kernels kernels();
+}
 
 }  // namespace olive

@@ -144,8 +144,8 @@ inline void store_floats(void* data, int64_t index, Float type, F16 value) {
 
 inline F16 fused_multiply_add(F16 a, F16 b, F16 c) {
 #if defined(__AVX512F__)
-  return reinterpret_cast<F16>(_mm512_fmadd_ps(reinterpret_cast<__m512>(a), reinterpret_cast<__m512>(b),
-                                               reinterpret_cast<__m512>(c)));
+  return reinterpret_cast<F16>(
+      _mm512_fmadd_ps(reinterpret_cast<__m512>(a), reinterpret_cast<__m512>(b), reinterpret_cast<__m512>(c)));
 #else
   F16 result;
   for (int i = 0; i < kLanes; ++i) result[i] = __builtin_fmaf(a[i], b[i], c[i]);

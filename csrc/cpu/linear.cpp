@@ -127,7 +127,8 @@ void ovp_linear(Isa isa, const LinearArguments& arguments) {
 #pragma omp for schedule(dynamic) nowait
     for (int64_t task = 0; task < tiles * runs; ++task) {
       const int64_t tile = task / runs, run = task % runs;
-      const int64_t begin = panels * run / runs * 2, end = std::min(problem.row_blocks(), panels * (run + 1) / runs * 2);
+      const int64_t begin = panels * run / runs * 2,
+                    end = std::min(problem.row_blocks(), panels * (run + 1) / runs * 2);
       kernels.linear(problem, tile * kRowsPerTile, std::min(x.rows, (tile + 1) * kRowsPerTile), begin, end);
     }
   }

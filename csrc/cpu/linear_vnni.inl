@@ -6,7 +6,6 @@
 //
 // Include inside a namespace of the instruction set, after linear_bytes.inl.
 
-
 inline I16 as_lanes(__m512i value) { return reinterpret_cast<I16>(value); }
 
 inline __m512i broadcast4(const int8_t* from) { return _mm512_set1_epi32(load<int32_t>(from)); }
@@ -54,8 +53,8 @@ inline void few_rows(const Linear& problem, int64_t m_begin, int64_t begin, int6
       const F16 scale_w = block_scale_values(stored);
       repeat<kRows>(OLIVE_EACH(m) {
         const int64_t index = x.index(m_begin + m, block);
-        const I16 s15 = combine_s15(as_lanes(high[m][0]) + as_lanes(high[m][1]),
-                                    as_lanes(low[m][0]) + as_lanes(low[m][1]));
+        const I16 s15 =
+            combine_s15(as_lanes(high[m][0]) + as_lanes(high[m][1]), as_lanes(low[m][0]) + as_lanes(low[m][1]));
         I16 r = {};
         if constexpr (kWide) r = as_lanes(rest[m][0]) + as_lanes(rest[m][1]);
         total[m] = accumulate(total[m], s15, r, kWide, x.scale[index], scale_w);
@@ -82,9 +81,7 @@ inline void multiply_tile(const Activations& x, const uint8_t* levels, const F16
   const int8_t *x_high = x.high + at, *x_low = x.low + at, *x_rest = kWide ? x.rest8 + at : nullptr;
   for (int step = 0; step < x.block / 4; ++step) {
     __m512i w[kBlocks];
-    repeat<kBlocks>(OLIVE_EACH(n) {
-      w[n] = load<__m512i>(levels + n * kMaxBlock * kPackRows + step * kVectorBytes);
-    });
+    repeat<kBlocks>(OLIVE_EACH(n) { w[n] = load<__m512i>(levels + n * kMaxBlock * kPackRows + step * kVectorBytes); });
     repeat<kRows>(OLIVE_EACH(i) {
       const int64_t four = i * columns + 4 * step;
       const __m512i h = broadcast4(x_high + four), l = broadcast4(x_low + four);
@@ -151,11 +148,16 @@ inline void many_rows(const Linear& problem, int64_t m_begin, int64_t m_end, int
 template <bool kWide>
 inline void linear_vnni(const Linear& problem, int64_t m_begin, int64_t m_end, int64_t begin, int64_t end) {
   switch (m_end - m_begin) {
-    case 1: return few_rows<1, kWide>(problem, m_begin, begin, end);
-    case 2: return few_rows<2, kWide>(problem, m_begin, begin, end);
-    case 3: return few_rows<3, kWide>(problem, m_begin, begin, end);
-    case 4: return few_rows<4, kWide>(problem, m_begin, begin, end);
-    default: break;
+    case 1:
+      return few_rows<1, kWide>(problem, m_begin, begin, end);
+    case 2:
+      return few_rows<2, kWide>(problem, m_begin, begin, end);
+    case 3:
+      return few_rows<3, kWide>(problem, m_begin, begin, end);
+    case 4:
+      return few_rows<4, kWide>(problem, m_begin, begin, end);
+    default:
+      break;
   }
   if constexpr (!kWide) {  // 24 sums at most, as in many_rows
     if (m_end - m_begin == 5) return few_rows<5, false>(problem, m_begin, begin, end);

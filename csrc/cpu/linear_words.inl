@@ -12,7 +12,7 @@ inline void decode_block_words(const uint8_t* codes, const int16_t* stored, int 
     int16_t* odd = even + kVectorBytes;
     const uint8_t* bytes = codes + vector * kVectorBytes;
     for (int row = 0; row < kPackRows; ++row) {
-      const int16_t(*levels)[2] = table.levels[scale_is_plain(stored[row]) ? 1 : 0];
+      const int16_t (*levels)[2] = table.levels[scale_is_plain(stored[row]) ? 1 : 0];
       for (int j = 4 * row; j < 4 * row + 4; ++j) {
         even[j] = levels[bytes[j]][0];
         odd[j] = levels[bytes[j]][1];
@@ -32,8 +32,7 @@ void linear(const Linear& problem, int64_t m_begin, int64_t m_end, int64_t begin
     for (int64_t m = m_begin; m < m_end; ++m) total[m - m_begin] = F16{};
     for (int64_t block = 0; block < x.blocks(); ++block) {
       const int64_t column = block * x.block;
-      const uint8_t* codes =
-          problem.codes + (row_block * x.columns + column) * kPackRows / 2;
+      const uint8_t* codes = problem.codes + (row_block * x.columns + column) * kPackRows / 2;
       const int16_t* stored = problem.block_scale(row_block, block);
       const F16 scale_w = block_scale_values(stored);
       if (!decoder.decode(codes, stored, x.block, words)) decode_block_words(codes, stored, x.block, table, words);

@@ -4,15 +4,16 @@ import csv
 from pathlib import Path
 
 import pytest
+import torch
 from typer.testing import CliRunner
 
 typer = pytest.importorskip("typer")
 
-from bench import bench_ovp_decode, bench_ovp_encode, bench_ovp_linear, plots  # noqa: E402
+from bench import bench_generate, bench_ovp_decode, bench_ovp_encode, bench_ovp_linear, plots  # noqa: E402
 from bench.timing import copies_for, take_turns  # noqa: E402
 
 
-@pytest.mark.parametrize("module", [bench_ovp_linear, bench_ovp_encode, bench_ovp_decode])
+@pytest.mark.parametrize("module", [bench_ovp_linear, bench_ovp_encode, bench_ovp_decode, bench_generate])
 def test_tiny_run_prints_a_table(module, tmp_path, monkeypatch):
     monkeypatch.setenv("COLUMNS", "160")
     app = typer.Typer()
@@ -35,6 +36,13 @@ def test_linear_bench_writes_what_the_plot_reads(tmp_path):
         writer.writerows(lines)
     plots.plot_linear(path, tmp_path / "ovp_linear.svg")
     assert Path(tmp_path / "ovp_linear.svg").read_text().lstrip().startswith("<?xml")
+
+
+@pytest.fixture(autouse=True)
+def _threads():
+    before = torch.get_num_threads()
+    yield
+    torch.set_num_threads(before)
 
 
 def test_candidates_take_turns():

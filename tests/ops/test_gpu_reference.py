@@ -1,4 +1,4 @@
-"""On a GPU the operators run their reference: the same codes as on the CPU, products within float32's rounding."""
+"""On a GPU the operators run their reference: the CPU's codes, products within float32's rounding."""
 
 import pytest
 import torch
