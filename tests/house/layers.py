@@ -18,8 +18,9 @@ LAYERS: tuple[frozenset[str], ...] = (
     frozenset({"nn"}),
     frozenset({"walk", "ptq"}),
     frozenset({"quantization", "qat", "lift"}),
-    frozenset({"hf", "reports"}),
-    frozenset({"cli", "__main__"}),
+    frozenset({"doctor", "hf", "reports"}),
+    frozenset({"cli"}),
+    frozenset({"__main__"}),
 )
 ROOT_PART = ""  # olive/__init__.py: public names, above everything
 HIGHEST = len(LAYERS)

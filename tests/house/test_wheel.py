@@ -121,7 +121,7 @@ def test_metadata(wheel: Path) -> None:
     assert (metadata["Name"], metadata["Version"]) == ("olive-quant", olive.__version__)
     assert metadata["License-Expression"] == "Apache-2.0"
     required = [line for line in metadata.get_all("Requires-Dist", []) if "extra ==" not in line]
-    assert sorted(line.split(">")[0] for line in required) == ["numpy", "rich", "torch", "wrapt"]
+    assert sorted(line.split(">")[0] for line in required) == ["numpy", "rich", "torch", "typer", "wrapt"]
 
 
 def test_quantizes_without_a_compiler(python: Path, tmp_path: Path) -> None:

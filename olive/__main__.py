@@ -1,0 +1,5 @@
+"""`python -m olive` is `olive-quant`."""
+
+from olive.cli import main
+
+main()

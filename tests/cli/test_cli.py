@@ -1,0 +1,57 @@
+"""The console command: doctor tells what is there, quantize writes a checkpoint that loads."""
+
+import subprocess
+import sys
+
+import pytest
+import transformers
+from typer.testing import CliRunner
+
+import olive.doctor
+from olive.cli import app
+
+MODEL = "examples/tiny_llama"
+
+
+@pytest.fixture
+def model_path(request):
+    return str(request.config.rootpath / MODEL)
+
+
+def test_doctor_finds_the_kernels():
+    result = CliRunner().invoke(app, ["doctor"])
+    assert "olive-quant" in result.output
+    assert "CPU kernels" in result.output
+
+
+def test_doctor_names_what_is_missing(monkeypatch):
+    monkeypatch.setattr(olive.doctor, "installed_version", lambda name: "1.0" if name == "olive-ai" else None)
+    monkeypatch.setattr("olive.ops.cpu_backend", lambda: "reference")
+    problems = olive.doctor.examine().problems
+    assert any("pip install ." in problem for problem in problems)
+    assert any("olive-ai" in problem for problem in problems)
+    assert CliRunner().invoke(app, ["doctor"]).exit_code == 1
+
+
+def test_quantize_writes_a_checkpoint_that_loads(model_path, tmp_path):
+    out = tmp_path / "quantized"
+    result = CliRunner().invoke(app, ["quantize", model_path, str(out), "--group-size", "64"])
+    assert result.exit_code == 0, result.output
+    model = transformers.AutoModelForCausalLM.from_pretrained(out)
+    assert model.config.quantization_config.quant_method == "olive"
+    assert model.model.layers[0].mlp.down_proj.group_size == 64
+    assert transformers.AutoTokenizer.from_pretrained(out).vocab_size == 1024
+
+
+def test_quantize_refuses_an_existing_folder(model_path, tmp_path):
+    result = CliRunner().invoke(app, ["quantize", model_path, str(tmp_path)], env={"COLUMNS": "400"})
+    assert result.exit_code == 2
+    assert "does not exist yet" in result.output
+    assert not list(tmp_path.iterdir())
+
+
+def test_python_m_olive_is_the_command():
+    run = subprocess.run(
+        [sys.executable, "-m", "olive", "--help"], capture_output=True, text=True, check=True
+    )
+    assert "doctor" in run.stdout
