@@ -1,7 +1,8 @@
 # make demo    from a fresh clone to a quantized language model (MODEL=<hub id or path> for another one)
 # make test    from a fresh clone to a green suite
 # make bench   kernel and quality benchmarks into bench/results/
-# make gpu     build, GPU tests and benches, with the Python that has a CUDA Torch (GPU_PYTHON=...), no download
+# make gpu     build in place and run the GPU tests with a Python that has a CUDA Torch, pybind11 and pytest
+#              (GPU_PYTHON=...); nothing is downloaded
 # make lint    ruff, mypy, clang-format
 # make wheel   the wheel, in dist/
 # Needs Python 3.11 or newer, a C++ compiler and git. Everything else is installed into .venv.
@@ -45,10 +46,10 @@ bench: install
 	$(BIN)/python -m bench.readme
 
 gpu:
-	$(GPU_PYTHON) -m cmake -S . -B build/gpu -G Ninja -DOLIVE_IN_PLACE=ON \
-	  -Dpybind11_DIR=$$($(GPU_PYTHON) -m pybind11 --cmakedir) -DPython_EXECUTABLE=$$(command -v $(GPU_PYTHON)) \
-	  || cmake -S . -B build/gpu -DOLIVE_IN_PLACE=ON -DPython_EXECUTABLE=$$(command -v $(GPU_PYTHON))
-	cmake --build build/gpu
+	$(GPU_PYTHON) -c "import torch, pybind11, pytest"
+	cmake -S . -B build/gpu -DOLIVE_IN_PLACE=ON -DPython_EXECUTABLE=$$(command -v $(GPU_PYTHON)) \
+	  -Dpybind11_DIR=$$($(GPU_PYTHON) -m pybind11 --cmakedir)
+	cmake --build build/gpu --parallel
 	$(GPU_PYTHON) -m pytest -m gpu
 
 lint: install
