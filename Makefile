@@ -5,7 +5,7 @@
 #              (GPU_PYTHON=...); nothing is downloaded
 # make lint    ruff, mypy, clang-format
 # make wheel   the wheel, in dist/
-# Needs Python 3.11 or newer, a C++ compiler and git. Everything else is installed into .venv.
+# Needs Linux, Python 3.11 or 3.12, GCC 11 or newer and git. Everything else is installed into .venv.
 
 PYTHON ?= python3
 GPU_PYTHON ?= python3

@@ -37,7 +37,9 @@ def commit() -> str:
         ).stdout.strip()
 
     try:
-        return git("rev-parse", "--short", "HEAD") + ("+" if git("status", "--porcelain", "-uno") else "")
+        return git("rev-parse", "--short", "HEAD") + (
+            "+" if git("status", "--porcelain", "-uno", "--", ".", ":!bench/results", ":!README.md") else ""
+        )
     except (OSError, subprocess.CalledProcessError):
         return "unknown"
 

@@ -46,12 +46,9 @@ def examine() -> Findings:
     found.facts["CPU instruction sets"] = ", ".join(cpu_isas()) or "none"
     count = torch.cuda.device_count()
     found.facts["GPUs"] = ", ".join(torch.cuda.get_device_name(i) for i in range(count)) or "none"
+    found.facts["GPU kernels"] = "none in this version: quantized models run there through PyTorch, slowly"
     if ops.cpu_backend() == "reference":
         found.problems.append("the compiled module olive._cpu is missing: build it with `pip install .`")
-    if count:
-        found.problems.append(
-            "this version has no GPU kernels: quantized models run there through PyTorch, slower than float"
-        )
     if find_spec("transformers") is None:
         found.problems.append("transformers is missing: `pip install olive-quant[hf]` for its models")
     if installed_version(RIVAL) is not None:

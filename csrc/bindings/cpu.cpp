@@ -37,7 +37,7 @@ void check_shape(int64_t n, int64_t k, int group_size) {
 
 Isa isa_of(const std::string& name) { return name.empty() ? default_isa() : isa_from_name(name); }
 
-// A codebook that no encoder could use would divide by zero; decoding needs no check, every byte has a meaning.
+// Any 32 bytes are safe; whether they are a codebook, the operators check.
 Codebook codebook_at(uintptr_t address) { return read_codebook(pointer<const int8_t>("codebook", address)); }
 
 bool quantize(uintptr_t weight, int type, int64_t n, int64_t k, int group_size, uintptr_t codebook, bool paper_pairing,

@@ -120,6 +120,11 @@ inline void linear_amx(const Linear& problem, int64_t m_begin, int64_t m_end, in
     __builtin_memset(total, 0, sizeof(total));
     for (int64_t block = 0; block < x.blocks(); ++block) {
       decode_panel(problem, decoder, row_block, count, block, levels, scale_w);
+      asm volatile("" ::: "memory");  // gcc 12 does not know that tile loads read memory: the levels must be there
+      for (int i = 0; i < count; ++i) {
+        const uint8_t* next = next_codes(problem, row_block + i, block);
+        for (int at = 0; at < x.block * kPackRows / 2; at += kVectorBytes) prefetch(next + at);
+      }
       for (int64_t m = m_begin; m < m_end; m += kTile) {
         const int64_t at = x.digits(m, block);
         kWide ? multiply_23(x, levels, at, depth, &sums) : multiply_15(x, levels, at, depth, &sums);

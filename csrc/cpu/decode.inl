@@ -1,5 +1,5 @@
 // Decode canonical codes [N, ceil(K / 2)] to scale x level [N, K]. A byte is a pair and has 256 values, so a table of
-// decoded pairs per rule (2 x 256 x two int8 or int16) replaces the look-ups and the select; what is left is memory.
+// decoded pairs per rule (2 x 256 x two int16) replaces the look-ups and the select; what is left is memory.
 //
 // Include inside a namespace of the instruction set.
 

@@ -60,10 +60,12 @@ const Table& table() {
     for (int i = 0; i < kIsaCount; ++i) built.supported[i] = detect(static_cast<Isa>(i));
     built.kernels[0] = portable::kernels();
 #if defined(OLIVE_X86)
-    built.kernels[1] = avx2::kernels();
-    built.kernels[2] = avx512::kernels();
-    built.kernels[3] = avx512_vnni::kernels();
-    built.kernels[4] = amx::kernels();
+    // These functions themselves are compiled for their instruction set: a processor without it must not call them.
+    Kernels (*const makers[kIsaCount])() = {portable::kernels, avx2::kernels, avx512::kernels, avx512_vnni::kernels,
+                                            amx::kernels};
+    for (int i = 1; i < kIsaCount; ++i) {
+      if (built.supported[i]) built.kernels[i] = makers[i]();
+    }
 #endif
     return built;
   }();

@@ -12,7 +12,7 @@ const char* isa_name(Isa isa);
 // "portable", "avx2", "avx512", "avx512_vnni", "amx"; throws std::invalid_argument on another name.
 Isa isa_from_name(const std::string& name);
 
-// Whether this processor, this operating system and this build can run it.
+// Whether this processor and this operating system can run it.
 bool isa_supported(Isa isa);
 
 // The best supported one, or what the environment variable OLIVE_CPU_ISA names.

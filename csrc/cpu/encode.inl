@@ -148,7 +148,7 @@ template <bool kWeighted, class Tell>
 inline void for_each_candidate(const Pairs& pairs, const Tables& tables, const Search& search, bool has_plain,
                                float pair_base, float plain_base, Tell tell) {
   int candidate = 0;
-  float last = 0.0f;
+  float last = -1.0f;  // no scale
   double error = 0.0;
   for (int i = 0; i < search.pair_count; ++i, ++candidate) {
     const float scale = round_scale(pair_base * search.pair_grid[i]);
@@ -159,7 +159,7 @@ inline void for_each_candidate(const Pairs& pairs, const Tables& tables, const S
     tell(candidate, scale, false, error);
   }
   if (!has_plain) return;
-  last = 0.0f;
+  last = -1.0f;
   double mirrored = 0.0;
   for (int i = 0; i < search.plain_count; ++i) {
     const float scale = round_scale(plain_base * search.plain_grid[i]);

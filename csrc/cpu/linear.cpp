@@ -11,10 +11,6 @@
 namespace olive {
 namespace {
 
-// Activation rows that are multiplied with a weight block while it is decoded: their float32 sums (kTileRows x 32)
-// and their share of the digits stay in cache; the decode is then under 4 % of the products.
-constexpr int64_t kRowsPerTile = 96;
-
 struct Free {
   void operator()(void* data) const { std::free(data); }
 };
@@ -113,7 +109,7 @@ void ovp_linear(Isa isa, const LinearArguments& arguments) {
   // are consecutive in memory. Threads take tasks as they get free: on a shared machine, or with cores of two kinds,
   // equal shares would wait for the slowest. Outputs do not depend on who computes them.
   const int64_t panels = (problem.row_blocks() + 1) / 2;
-  const int64_t tiles = (x.rows + kRowsPerTile - 1) / kRowsPerTile;
+  const int64_t tiles = (x.rows + kTileRows - 1) / kTileRows;
 #pragma omp parallel if (parallel)
   {
     const int64_t threads = omp_get_num_threads();
@@ -129,7 +125,7 @@ void ovp_linear(Isa isa, const LinearArguments& arguments) {
       const int64_t tile = task / runs, run = task % runs;
       const int64_t begin = panels * run / runs * 2,
                     end = std::min(problem.row_blocks(), panels * (run + 1) / runs * 2);
-      kernels.linear(problem, tile * kRowsPerTile, std::min(x.rows, (tile + 1) * kRowsPerTile), begin, end);
+      kernels.linear(problem, tile * kTileRows, std::min<int64_t>(x.rows, (tile + 1) * kTileRows), begin, end);
     }
   }
 }

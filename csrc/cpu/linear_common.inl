@@ -6,8 +6,6 @@
 //
 // Include inside a namespace of the instruction set.
 
-constexpr int kTileRows = 128;  // most activation rows per call: their sums stay in the first-level cache
-
 inline F16 block_scale_values(const int16_t* stored) {
   const I16 pattern = __builtin_convertvector(load<S16>(stored), I16);
   return as_float((pattern & 0xFFFE) << 16);

@@ -6,6 +6,9 @@
 //
 // Include inside a namespace of the instruction set, after linear_bytes.inl.
 
+// Bytes ahead of the stream of codes that are asked for: the hardware prefetcher stops at page borders.
+constexpr int kPrefetch = 4096;
+
 inline I16 as_lanes(__m512i value) { return reinterpret_cast<I16>(value); }
 
 inline __m512i broadcast4(const int8_t* from) { return _mm512_set1_epi32(load<int32_t>(from)); }
@@ -35,7 +38,7 @@ inline void few_rows(const Linear& problem, int64_t m_begin, int64_t begin, int6
       });
       const int64_t at = x.digits(m_begin, block);
       for (int column = 0; column < x.block; column += kPackColumns, codes += kVectorBytes) {
-        _mm_prefetch(reinterpret_cast<const char*>(codes + kPrefetch), _MM_HINT_T0);
+        prefetch(codes + kPrefetch);
         __m512i levels[2];
         decoder(load<__m512i>(codes), plain, &levels[0], &levels[1]);
         repeat<kRows>(OLIVE_EACH(m) {
@@ -64,10 +67,19 @@ inline void few_rows(const Linear& problem, int64_t m_begin, int64_t begin, int6
   }
 }
 
+// One decoded block of up to two row blocks, and where the codes of the next one lie.
+struct Panel {
+  alignas(64) uint8_t levels[kPanel * kMaxBlock * kPackRows];
+  F16 scale_w[kPanel];
+  const uint8_t* next[kPanel];
+};
+
 // One block of kRows activation rows times kBlocks row blocks; total [row block][kTileRows].
+//
+// The next block's codes are asked for here, a line per step: asked for all at once they would wait for each other
+// (a core has two dozen lines on their way at most), and the decoder for them.
 template <int kRows, int kBlocks, bool kWide>
-inline void multiply_tile(const Activations& x, const uint8_t* levels, const F16* scale_w, int64_t m, int64_t block,
-                          F16* total) {
+inline void multiply_tile(const Activations& x, const Panel& panel, int64_t m, int64_t block, F16* total) {
   __m512i high[kRows][kBlocks], low[kRows][kBlocks], rest[kWide ? kRows : 1][kBlocks];
   repeat<kRows>(OLIVE_EACH(i) {
     const int64_t index = x.index(m + i, block);
@@ -81,7 +93,9 @@ inline void multiply_tile(const Activations& x, const uint8_t* levels, const F16
   const int8_t *x_high = x.high + at, *x_low = x.low + at, *x_rest = kWide ? x.rest8 + at : nullptr;
   for (int step = 0; step < x.block / 4; ++step) {
     __m512i w[kBlocks];
-    repeat<kBlocks>(OLIVE_EACH(n) { w[n] = load<__m512i>(levels + n * kMaxBlock * kPackRows + step * kVectorBytes); });
+    prefetch(panel.next[step % kBlocks] + step / kBlocks * kVectorBytes);
+    repeat<kBlocks>(
+        OLIVE_EACH(n) { w[n] = load<__m512i>(panel.levels + n * kMaxBlock * kPackRows + step * kVectorBytes); });
     repeat<kRows>(OLIVE_EACH(i) {
       const int64_t four = i * columns + 4 * step;
       const __m512i h = broadcast4(x_high + four), l = broadcast4(x_low + four);
@@ -99,21 +113,21 @@ inline void multiply_tile(const Activations& x, const uint8_t* levels, const F16
       I16 r = {};
       if constexpr (kWide) r = as_lanes(rest[i][n]);
       F16& sum = total[n * kTileRows + i];
-      sum = accumulate(sum, s15, r, kWide, x.scale[index], scale_w[n]);
+      sum = accumulate(sum, s15, r, kWide, x.scale[index], panel.scale_w[n]);
     });
   });
 }
 
 template <int kRows, bool kWide>
-inline void multiply_rows(const Activations& x, const uint8_t* levels, const F16* scale_w, int count, int64_t m,
-                          int64_t block, F16* total, int rows) {
+inline void multiply_rows(const Activations& x, const Panel& panel, int count, int64_t m, int64_t block, F16* total,
+                          int rows) {
   if constexpr (kRows > 1) {
-    if (rows < kRows) return multiply_rows<kRows - 1, kWide>(x, levels, scale_w, count, m, block, total, rows);
+    if (rows < kRows) return multiply_rows<kRows - 1, kWide>(x, panel, count, m, block, total, rows);
   }
   if (count == kPanel) {
-    multiply_tile<kRows, kPanel, kWide>(x, levels, scale_w, m, block, total);
+    multiply_tile<kRows, kPanel, kWide>(x, panel, m, block, total);
   } else {
-    multiply_tile<kRows, 1, kWide>(x, levels, scale_w, m, block, total);
+    multiply_tile<kRows, 1, kWide>(x, panel, m, block, total);
   }
 }
 
@@ -122,18 +136,19 @@ inline void many_rows(const Linear& problem, int64_t m_begin, int64_t m_end, int
   constexpr int kRows = kWide ? 4 : 6;  // 24 sums either way: 32 registers hold them, weights and broadcasts
   const Activations& x = problem.x;
   const Decoder512 decoder(problem.book, kOffset);
-  alignas(64) uint8_t levels[kPanel * kMaxBlock * kPackRows];
-  F16 total[kPanel * kTileRows], scale_w[kPanel];
+  Panel panel;
+  F16 total[kPanel * kTileRows];
   for (int64_t row_block = begin; row_block < end; row_block += kPanel) {
     const int count = end - row_block < kPanel ? 1 : kPanel;
     __builtin_memset(total, 0, sizeof(total));
     for (int64_t block = 0; block < x.blocks(); ++block) {
-      decode_panel(problem, decoder, row_block, count, block, levels, scale_w);
+      decode_panel(problem, decoder, row_block, count, block, panel.levels, panel.scale_w);
+      for (int i = 0; i < kPanel; ++i) panel.next[i] = next_codes(problem, row_block + i, block);
       // Equal shares: 16 rows go as 6, 5, 5, because few sums in flight leave the multiplier waiting.
       int64_t parts = (m_end - m_begin + kRows - 1) / kRows;
       for (int64_t m = m_begin; m < m_end; --parts) {
         const int rows = static_cast<int>((m_end - m + parts - 1) / parts);
-        multiply_rows<kRows, kWide>(x, levels, scale_w, count, m, block, total + (m - m_begin), rows);
+        multiply_rows<kRows, kWide>(x, panel, count, m, block, total + (m - m_begin), rows);
         m += rows;
       }
     }

@@ -69,8 +69,8 @@ def ovp_quantize_cpu(
     schemas.check_values(codebook, pair_grid, importance)
     weight, codebook = weight.contiguous(), codebook.contiguous()
     importance = None if importance is None else importance.contiguous()
-    codes = torch.empty(codes_shape(rows, columns), dtype=torch.uint8)
-    scale = torch.empty(scale_shape(rows, columns, group_size), dtype=torch.int16)
+    codes = torch.empty(codes_shape(rows, columns), dtype=torch.uint8, device="cpu")
+    scale = torch.empty(scale_shape(rows, columns, group_size), dtype=torch.int16, device="cpu")
     finite = _kernels().quantize(
         weight.data_ptr(),
         _TYPES[weight.dtype],
@@ -99,7 +99,7 @@ def ovp_encode_cpu(
     if not bool(torch.isfinite(weight).all()):
         raise ValueError("weight: expected finite values, got NaN or Inf")
     weight, scale, codebook = weight.contiguous(), scale.contiguous(), codebook.contiguous()
-    codes = torch.empty(codes_shape(rows, columns), dtype=torch.uint8)
+    codes = torch.empty(codes_shape(rows, columns), dtype=torch.uint8, device="cpu")
     _kernels().encode(
         weight.data_ptr(),
         _TYPES[weight.dtype],
@@ -127,7 +127,7 @@ def ovp_decode_cpu(
     """`ovp_decode` on the CPU kernels."""
     rows = schemas.check_decode(codes, scale, codebook, in_features, group_size, dtype)
     codes, scale, codebook = codes.contiguous(), scale.contiguous(), codebook.contiguous()
-    out = torch.empty((rows, in_features), dtype=dtype)
+    out = torch.empty((rows, in_features), dtype=dtype, device="cpu")
     _kernels().decode(
         codes.data_ptr(),
         scale.data_ptr(),
@@ -148,8 +148,12 @@ def ovp_pack_cpu(codes: Tensor, scale: Tensor, in_features: int, group_size: int
     rows = int(codes.shape[0])
     schemas.check_stored(codes, scale, None, rows, in_features, group_size)
     codes, scale = codes.contiguous(), scale.contiguous()
-    packed_codes = torch.empty(schemas.packed_codes_shape(rows, in_features, group_size), dtype=torch.uint8)
-    packed_scale = torch.empty(schemas.packed_scale_shape(rows, in_features, group_size), dtype=torch.int16)
+    packed_codes = torch.empty(
+        schemas.packed_codes_shape(rows, in_features, group_size), dtype=torch.uint8, device="cpu"
+    )
+    packed_scale = torch.empty(
+        schemas.packed_scale_shape(rows, in_features, group_size), dtype=torch.int16, device="cpu"
+    )
     _kernels().pack(
         codes.data_ptr(),
         scale.data_ptr(),
@@ -169,8 +173,10 @@ def ovp_unpack_cpu(
     schemas.check_packed(codes)
     schemas.check_stored(codes, scale, None, out_features, in_features, group_size)
     codes, scale = codes.contiguous(), scale.contiguous()
-    canonical_codes = torch.empty(codes_shape(out_features, in_features), dtype=torch.uint8)
-    canonical_scale = torch.empty(scale_shape(out_features, in_features, group_size), dtype=torch.int16)
+    canonical_codes = torch.empty(codes_shape(out_features, in_features), dtype=torch.uint8, device="cpu")
+    canonical_scale = torch.empty(
+        scale_shape(out_features, in_features, group_size), dtype=torch.int16, device="cpu"
+    )
     _kernels().unpack(
         codes.data_ptr(),
         scale.data_ptr(),
@@ -201,7 +207,7 @@ def ovp_linear_cpu(
     input, codes, scale = input.contiguous(), codes.contiguous(), scale.contiguous()
     codebook = codebook.contiguous()
     bias = None if bias is None else bias.contiguous()
-    out = torch.empty((*input.shape[:-1], out_features), dtype=input.dtype)
+    out = torch.empty((*input.shape[:-1], out_features), dtype=input.dtype, device="cpu")
     _kernels().linear(
         input.data_ptr(),
         _TYPES[input.dtype],
