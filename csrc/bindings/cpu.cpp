@@ -2,38 +2,16 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
-#include <limits>
-#include <stdexcept>
 #include <string>
 #include <vector>
 
+#include "bindings/arguments.h"
 #include "cpu/api.h"
 
 namespace py = pybind11;
 
 namespace olive {
 namespace {
-
-Float float_type(int type) {
-  if (type < 0 || type > 2) throw std::invalid_argument("type: expected 0 (float32), 1 (bfloat16) or 2 (float16)");
-  return static_cast<Float>(type);
-}
-
-template <class T>
-T* pointer(const char* name, uintptr_t address, bool may_be_null = false) {
-  if (address == 0 && !may_be_null) throw std::invalid_argument(std::string(name) + ": expected an address, got 0");
-  return reinterpret_cast<T*>(address);
-}
-
-void check_shape(int64_t n, int64_t k, int group_size) {
-  const bool known = group_size == -1 || group_size == 0 || group_size == 32 || group_size == 64 || group_size == 128;
-  if (n < 1 || k < 1 || n > std::numeric_limits<int64_t>::max() / (k + kMaxBlock) / 4) {
-    throw std::invalid_argument("shape: expected N, K >= 1 within 64 bits, got " + std::to_string(n) + ", " +
-                                std::to_string(k));
-  }
-  if (!known)
-    throw std::invalid_argument("group_size: expected -1, 0, 32, 64 or 128, got " + std::to_string(group_size));
-}
 
 Isa isa_of(const std::string& name) { return name.empty() ? default_isa() : isa_from_name(name); }
 

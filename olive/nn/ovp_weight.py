@@ -1,7 +1,7 @@
 """`OVPWeight`: one weight [N, K], or a stack [E, N, K], in 4-bit outlier-victim pairs, as a module.
 
-A state dict always holds the canonical layout (`codes`, `scale`, `codebook` of `olive.formats`). On a CPU the
-same parameters hold the kernels' packed layout instead, so that the weight is in memory once.
+A state dict always holds the canonical layout (`codes`, `scale`, `codebook` of `olive.formats`). Where a
+device's kernels have a packed layout the same parameters hold that instead: the weight is in memory once.
 """
 
 from __future__ import annotations
@@ -31,8 +31,8 @@ class OVPWeight(nn.Module):
         dtype: of the float parameter; `.to(dtype)` changes it, codes and scale stay as they are.
 
     Attributes:
-        codes: uint8 [N, ceil(K / 2)], or packed [ceil(N / 16), K' / 8, 64]; with [E] before it in a stack.
-        scale: int16 [N, G], or packed [ceil(N / 16), G, 16]; likewise.
+        codes: uint8 [N, ceil(K / 2)], or packed (`olive.ops.packed`); with [E] before it in a stack.
+        scale: int16 [N, G], or packed; likewise.
         codebook: int8 [32].
         sqnr_db: signal-to-quantization-noise ratio of the weight in dB; None if not known.
     """
@@ -120,7 +120,7 @@ class OVPWeight(nn.Module):
 
     def pack_(self) -> None:
         """Bring codes and scale into the layout of their device's backend; nothing where there is none."""
-        if not self.is_packed and self.codes.device.type == "cpu":
+        if not self.is_packed and ops.has_packed_layout(self.codes.device):
             codes, scale = self._relayout(self._pack_one)
             self.codes, self.scale = frozen(codes), frozen(scale)
 
@@ -212,7 +212,7 @@ class OVPWeight(nn.Module):
         self.unpack_()
         lists = (missing_keys, unexpected_keys, error_msgs)
         super()._load_from_state_dict(state_dict, prefix, local_metadata, strict, *lists)
-        if packed or self.codes.device.type == "cpu":
+        if packed or ops.has_packed_layout(self.codes.device):
             self.pack_()
 
     def _apply(self, fn: Any, recurse: bool = True) -> OVPWeight:

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from olive.formats.layout import codes_shape, scale_shape
 from olive.ops import schemas
+from olive.ops.packed import CPU_LAYOUT
 from olive.ops.schemas import library
 
 _TYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
@@ -148,12 +149,9 @@ def ovp_pack_cpu(codes: Tensor, scale: Tensor, in_features: int, group_size: int
     rows = int(codes.shape[0])
     schemas.check_stored(codes, scale, None, rows, in_features, group_size)
     codes, scale = codes.contiguous(), scale.contiguous()
-    packed_codes = torch.empty(
-        schemas.packed_codes_shape(rows, in_features, group_size), dtype=torch.uint8, device="cpu"
-    )
-    packed_scale = torch.empty(
-        schemas.packed_scale_shape(rows, in_features, group_size), dtype=torch.int16, device="cpu"
-    )
+    size = (rows, in_features, group_size)
+    packed_codes = torch.empty(CPU_LAYOUT.codes_shape(*size), dtype=torch.uint8, device="cpu")
+    packed_scale = torch.empty(CPU_LAYOUT.scale_shape(*size), dtype=torch.int16, device="cpu")
     _kernels().pack(
         codes.data_ptr(),
         scale.data_ptr(),

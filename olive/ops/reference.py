@@ -15,7 +15,8 @@ from olive.formats.layout import PER_TENSOR, groups_per_row, pad_columns
 from olive.formats.ovp4 import Pairing, PairTables, ovp4_decode, ovp4_encode
 from olive.formats.scales import TINY, pack_scale, round_scale
 from olive.ops import schemas
-from olive.ops.schemas import PACK_COLUMNS, PACK_ROWS, library
+from olive.ops.packed import PackedLayout, packed_layout
+from olive.ops.schemas import library
 
 LANES = 16
 CHUNK = 1024  # columns summed in float32 before the sum goes on in float64
@@ -162,41 +163,27 @@ def ovp_decode_reference(
 
 
 def ovp_pack_reference(
-    codes: Tensor, scale: Tensor, in_features: int, group_size: int
+    codes: Tensor, scale: Tensor, in_features: int, group_size: int, layout: PackedLayout | None = None
 ) -> tuple[Tensor, Tensor]:
-    """Interleave 16 rows: packed codes [b, c, 4 r + j] = codes [16 b + r, 4 c + j], zeros past the ends.
-
-    A thread then reads the weight as one stream, a vector holds 8 columns of 16 rows, and its low nibbles are
-    the even columns, its high nibbles the odd ones.
-    """
-    rows = int(codes.shape[0])
+    """Bring codes and scale into a packed layout (`olive.ops.packed`), by default that of their device."""
     schemas.check_canonical(codes)
-    schemas.check_stored(codes, scale, None, rows, in_features, group_size)
-    blocks, steps, width = schemas.packed_codes_shape(rows, in_features, group_size)
-    lane = width // PACK_ROWS
-    padded = codes.new_zeros(blocks * PACK_ROWS, steps * lane)
-    padded[:rows, : codes.shape[1]] = codes
-    packed = padded.view(blocks, PACK_ROWS, steps, lane).permute(0, 2, 1, 3).reshape(blocks, steps, width)
-    row_scale = schemas.repeated_scale(scale, rows, group_size)
-    padded_scale = scale.new_zeros(blocks * PACK_ROWS, row_scale.shape[1])
-    padded_scale[:rows] = row_scale
-    return packed, padded_scale.view(blocks, PACK_ROWS, -1).transpose(1, 2).contiguous()
+    schemas.check_stored(codes, scale, None, int(codes.shape[0]), in_features, group_size)
+    return (layout or packed_layout(codes.device)).pack(codes, scale, in_features, group_size)
 
 
 def ovp_unpack_reference(
-    codes: Tensor, scale: Tensor, out_features: int, in_features: int, group_size: int
+    codes: Tensor,
+    scale: Tensor,
+    out_features: int,
+    in_features: int,
+    group_size: int,
+    layout: PackedLayout | None = None,
 ) -> tuple[Tensor, Tensor]:
     """The inverse of `ovp_pack`: canonical codes and scale."""
-    schemas.check_packed(codes)
-    schemas.check_stored(codes, scale, None, out_features, in_features, group_size)
-    blocks, steps, width = codes.shape
-    lanes = codes.view(blocks, steps, PACK_ROWS, width // PACK_ROWS)
-    canonical = lanes.permute(0, 2, 1, 3).reshape(blocks * PACK_ROWS, steps * PACK_COLUMNS // 2)
-    row_scale = scale.transpose(1, 2).reshape(blocks * PACK_ROWS, -1)[:out_features]
-    return (
-        canonical[:out_features, : (in_features + 1) // 2].contiguous(),
-        (row_scale[:1] if group_size == PER_TENSOR else row_scale).contiguous(),
-    )
+    layout = layout or packed_layout(codes.device)
+    schemas.check_packed(codes, layout)
+    schemas.check_stored(codes, scale, None, out_features, in_features, group_size, layout)
+    return layout.unpack(codes, scale, out_features, in_features, group_size)
 
 
 def ovp_linear_reference(

@@ -1,9 +1,8 @@
 """Every operator once: its schema, what it checks, and the shapes it returns.
 
 A weight [N, K] is stored as `codes` uint8 [N, ceil(K / 2)], `scale` int16 [N, G] and `codebook` int8 [32]
-(`olive.formats`). Backends may hold codes and scale in a layout of their own, made by `ovp_pack`: on CPUs, 16
-rows interleaved, codes uint8 [ceil(N / 16), K' / 8, 64] and scale int16 [ceil(N / 16), G, 16]. `ovp_linear`
-takes either; three dimensions mean packed.
+(`olive.formats`). Backends may hold codes and scale in a layout of their own (`olive.ops.packed`), made by
+`ovp_pack`. `ovp_linear` takes either; three dimensions mean packed, in the layout of the tensor's device.
 """
 
 from __future__ import annotations
@@ -11,13 +10,12 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from olive.formats.layout import PER_TENSOR, check_group_size, codes_shape, groups_per_row, scale_shape
+from olive.formats.layout import check_group_size, codes_shape, scale_shape
 from olive.formats.ovp4 import PAIRINGS
+from olive.ops.packed import PackedLayout, packed_layout
 
 FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 MAX_IMPORTANCE = 2.0**64  # keeps weighted squared errors, below 2^60 before weighing, inside float32
-PACK_ROWS = 16  # rows interleaved in a packed block: one 512-bit vector of 32-bit lanes
-PACK_COLUMNS = 8  # columns of one 32-bit lane
 
 library = torch.library.Library("olive", "DEF")
 library.define(
@@ -40,23 +38,6 @@ library.define(
     "ovp_linear(Tensor input, Tensor codes, Tensor scale, Tensor codebook, Tensor? bias, int out_features, "
     "int group_size) -> Tensor"
 )
-
-
-def block_columns(group_size: int) -> int:
-    """Columns whose products are summed as integers before a scale is applied: the group, at most 128."""
-    return 128 if group_size <= 0 else group_size
-
-
-def packed_codes_shape(out_features: int, in_features: int, group_size: int) -> tuple[int, int, int]:
-    """Shape of packed codes; K is padded to whole blocks."""
-    block = block_columns(group_size)
-    padded = -(-in_features // block) * block
-    return (-(-out_features // PACK_ROWS), padded // PACK_COLUMNS, PACK_ROWS * PACK_COLUMNS // 2)
-
-
-def packed_scale_shape(out_features: int, in_features: int, group_size: int) -> tuple[int, int, int]:
-    """Shape of packed scales; a per-tensor scale is repeated for every row."""
-    return (-(-out_features // PACK_ROWS), groups_per_row(in_features, group_size), PACK_ROWS)
 
 
 def _check_tensor(name: str, tensor: Tensor, dtype: torch.dtype, shape: tuple[int, ...]) -> None:
@@ -149,22 +130,30 @@ def check_canonical(codes: Tensor) -> None:
         raise ValueError(f"codes: expected shape [N, ceil(K / 2)], got {tuple(codes.shape)}")
 
 
-def check_packed(codes: Tensor) -> None:
-    """Check that codes are in the packed layout."""
+def check_packed(codes: Tensor, layout: PackedLayout | None = None) -> None:
+    """Check that codes are in a packed layout, by default that of their device."""
+    layout = layout or packed_layout(codes.device)
     if codes.dim() != 3:
-        raise ValueError(f"codes: expected packed shape [ceil(N / 16), K' / 8, 64], got {tuple(codes.shape)}")
+        raise ValueError(f"codes: expected packed shape {layout.codes_text}, got {tuple(codes.shape)}")
 
 
 def check_stored(
-    codes: Tensor, scale: Tensor, codebook: Tensor | None, rows: int, columns: int, group_size: int
+    codes: Tensor,
+    scale: Tensor,
+    codebook: Tensor | None,
+    rows: int,
+    columns: int,
+    group_size: int,
+    layout: PackedLayout | None = None,
 ) -> None:
-    """Check a weight's stored tensors in the canonical or the packed layout."""
+    """Check a weight's stored tensors, canonical or packed; `layout` is by default that of their device."""
     check_group_size(group_size)
+    layout = layout or packed_layout(codes.device)
     if rows < 1 or columns < 1:
         raise ValueError(f"out_features, in_features: expected at least 1, got {rows}, {columns}")
     if codes.dim() == 3:
-        _check_tensor("codes", codes, torch.uint8, packed_codes_shape(rows, columns, group_size))
-        _check_tensor("scale", scale, torch.int16, packed_scale_shape(rows, columns, group_size))
+        _check_tensor("codes", codes, torch.uint8, layout.codes_shape(rows, columns, group_size))
+        _check_tensor("scale", scale, torch.int16, layout.scale_shape(rows, columns, group_size))
     else:
         _check_tensor("codes", codes, torch.uint8, codes_shape(rows, columns))
         _check_tensor("scale", scale, torch.int16, scale_shape(rows, columns, group_size))
@@ -192,12 +181,13 @@ def check_linear(
     bias: Tensor | None,
     out_features: int,
     group_size: int,
+    layout: PackedLayout | None = None,
 ) -> None:
-    """Check the arguments of `ovp_linear`."""
+    """Check the arguments of `ovp_linear`; packed codes are in `layout`, by default that of their device."""
     _check_float("input", input)
     if input.dim() == 0:
         raise ValueError("input: expected shape [..., K], got a scalar")
-    check_stored(codes, scale, codebook, out_features, int(input.shape[-1]), group_size)
+    check_stored(codes, scale, codebook, out_features, int(input.shape[-1]), group_size, layout)
     if bias is not None:
         _check_float("bias", bias)
         _check_tensor("bias", bias, bias.dtype, (out_features,))
@@ -229,10 +219,8 @@ def _(codes, scale, in_features, group_size):  # type: ignore[no-untyped-def]
     check_canonical(codes)
     rows = int(codes.shape[0])
     check_stored(codes, scale, None, rows, in_features, group_size)
-    return (
-        codes.new_empty(packed_codes_shape(rows, in_features, group_size)),
-        scale.new_empty(packed_scale_shape(rows, in_features, group_size)),
-    )
+    layout, size = packed_layout(codes.device), (rows, in_features, group_size)
+    return codes.new_empty(layout.codes_shape(*size)), scale.new_empty(layout.scale_shape(*size))
 
 
 @torch.library.register_fake("olive::ovp_unpack", lib=library)
@@ -249,8 +237,3 @@ def _(codes, scale, out_features, in_features, group_size):  # type: ignore[no-u
 def _(input, codes, scale, codebook, bias, out_features, group_size):  # type: ignore[no-untyped-def]
     check_linear(input, codes, scale, codebook, bias, out_features, group_size)
     return input.new_empty((*input.shape[:-1], out_features))
-
-
-def repeated_scale(scale: Tensor, out_features: int, group_size: int) -> Tensor:
-    """One row of scales per output channel: a per-tensor scale is repeated."""
-    return scale.expand(out_features, 1) if group_size == PER_TENSOR else scale

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from olive.formats import GROUP_SIZES
 from olive.ops import cpu, reference
-from olive.ops.schemas import packed_codes_shape
+from olive.ops.packed import CPU_LAYOUT
 from tests.ops.cpu_cases import NEEDS_KERNELS, random_weight, strided
 
 pytestmark = NEEDS_KERNELS
@@ -45,7 +45,7 @@ def test_everything_past_the_ends_is_zero(group_size: int) -> None:
     rows, columns = 5, 37
     codes, scale, _ = random_weight(rows, columns, group_size, "adaptive")
     packed_codes, packed_scale = cpu.ovp_pack_cpu(codes, scale, columns, group_size)
-    all_columns = packed_codes_shape(rows, columns, group_size)[1] * 8
+    all_columns = CPU_LAYOUT.codes_shape(rows, columns, group_size)[1] * 8
     assert all_columns > columns
     wide, _ = cpu.ovp_unpack_cpu(packed_codes, packed_scale, 16, all_columns, group_size)
     assert not wide[rows:].any()

@@ -17,8 +17,8 @@ from torch._subclasses import FakeTensorMode
 
 from olive.formats import CODEBOOKS, GROUP_SIZES, codes_shape, get_codebook, ovp4_decode, scale_shape
 from olive.ops import reference
+from olive.ops.packed import CPU_LAYOUT
 from olive.ops.reference import ordered_sum
-from olive.ops.schemas import packed_codes_shape, packed_scale_shape
 
 NAMES = ("ovp_quantize", "ovp_encode", "ovp_decode", "ovp_pack", "ovp_unpack", "ovp_linear")
 GRIDS = ([0.5, 0.8, 1.0], [0.7, 0.9])
@@ -446,8 +446,8 @@ def test_unpack_is_the_inverse_of_pack(rows: int, columns: int, group_size: int,
     shape = scale_shape(rows, columns, group_size)
     scale = torch.randint(-(2**15), 2**15, shape, generator=generator, dtype=torch.int16)
     packed_codes, packed_scale = call("ovp_pack", codes, scale, columns, group_size)
-    assert tuple(packed_codes.shape) == packed_codes_shape(rows, columns, group_size)
-    assert tuple(packed_scale.shape) == packed_scale_shape(rows, columns, group_size)
+    assert tuple(packed_codes.shape) == CPU_LAYOUT.codes_shape(rows, columns, group_size)
+    assert tuple(packed_scale.shape) == CPU_LAYOUT.scale_shape(rows, columns, group_size)
     unpacked = call("ovp_unpack", packed_codes, packed_scale, rows, columns, group_size)
     assert torch.equal(unpacked[0], codes)
     assert torch.equal(unpacked[1], scale)

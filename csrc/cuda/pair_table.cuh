@@ -1,0 +1,86 @@
+// Decoding through shared memory: a table of every pair of codes as two 16-bit floats.
+//
+// One byte is one pair, and a pair is one fragment register. 256 bytes x 2 rules x 4 bytes = 2 KiB; each lane has a
+// copy of its own in its own bank, so a warp's 32 look-ups never wait for each other: 64 KiB. The entry of a byte is at
+// 256 x byte + 128 x rule + 4 x lane: for the second byte of a word that is the word, masked.
+//
+// Counted for a word of four pairs: 3 shifts, 4 three-input logic operations, 4 loads: 1.4 instructions a weight. In
+// registers, with byte permutes on the level tables, a weight takes 5 to 6: flags of identifiers, two look-ups of
+// magnitudes, selection, signs, widening. An H200 reads about 40 codes per clock and multiprocessor, which issues
+// 128 lane instructions per clock: 60 of them with the table, over 200 with permutes. The table is bound by its
+// loads, 64 weights per clock. Filling it takes 512 clocks of stores, while the first codes are on their way.
+#pragma once
+
+#include "core/floats.h"
+#include "core/ovp.h"
+#include "cuda/ptx.cuh"
+
+namespace olive::cuda {
+
+constexpr int kTableBytes = 256 * 2 * 32 * 4;
+
+template <class T>
+struct Bits;
+template <>
+struct Bits<__half> {
+  static constexpr Float kType = Float::f16;
+  static __device__ uint32_t of(float value) { return float_to_f16(value); }
+};
+template <>
+struct Bits<__nv_bfloat16> {
+  static constexpr Float kType = Float::bf16;
+  static __device__ uint32_t of(float value) { return float_to_bf16(value); }
+};
+
+// Level of a nibble beside its partner, read from the stored codebook [32].
+__device__ __forceinline__ int level(const int8_t* codebook, bool plain, int nibble, int partner) {
+  if (plain) return codebook[16 + nibble];
+  if (nibble == kIdentifier) return 0;
+  const int magnitude = static_cast<uint8_t>(codebook[(partner == kIdentifier ? 8 : 0) + (nibble & 7)]);
+  return nibble & 8 ? -magnitude : magnitude;
+}
+
+// Fills the table with all threads of the block: levels times `unit`, even columns in the low half. A barrier has to
+// follow.
+template <class T>
+__device__ __forceinline__ void fill_table(unsigned char* table, const int8_t* codebook, int thread, int threads,
+                                           float unit) {
+  for (int entry = thread; entry < 512; entry += threads) {
+    const bool plain = entry & 1;
+    const int low = entry >> 1 & 15, high = entry >> 5;
+    const uint32_t bits = Bits<T>::of(static_cast<float>(level(codebook, plain, low, high)) * unit) |
+                          Bits<T>::of(static_cast<float>(level(codebook, plain, high, low)) * unit) << 16;
+    const uint4 copies = make_uint4(bits, bits, bits, bits);
+    // Eight lanes store to eight different quarters of the banks.
+    for (int i = 0; i < 8; ++i) {
+      *reinterpret_cast<uint4*>(table + entry * 128 + ((i + thread) & 7) * 16) = copies;
+    }
+  }
+}
+
+// Where a lane looks things up, for its two rows: its bank, and its half of the entries for the row's rule. `scales`
+// are the stored scales of the rows, neighbours in the packed layout.
+struct TableRows {
+  uint32_t row[2];
+  __device__ TableRows(uint32_t scales, int lane) {
+    row[0] = static_cast<uint32_t>(lane * 4) | (scales << 7 & 0x80u);
+    row[1] = static_cast<uint32_t>(lane * 4) | (scales >> 9 & 0x80u);
+  }
+};
+
+__device__ __forceinline__ float low_scale(uint32_t scales) { return bits_to_float((scales & 0xFFFEu) << 16); }
+__device__ __forceinline__ float high_scale(uint32_t scales) { return bits_to_float(scales & 0xFFFE0000u); }
+
+// Four codes of a lane to its four registers of a 16 x 16 fragment.
+__device__ __forceinline__ void decode_fragment(uint32_t (&to)[4], const unsigned char* table, const TableRows& rows,
+                                                uint32_t codes) {
+  const auto look_up = [&](uint32_t shifted, uint32_t row) {
+    return *reinterpret_cast<const uint32_t*>(table + ((shifted & 0xFF00u) | row));
+  };
+  to[0] = look_up(codes << 8, rows.row[0]);
+  to[1] = look_up(codes, rows.row[1]);
+  to[2] = look_up(codes >> 8, rows.row[0]);
+  to[3] = look_up(codes >> 16, rows.row[1]);
+}
+
+}  // namespace olive::cuda

@@ -1,0 +1,78 @@
+"""`choose_linear`: every choice can run where it is made, and small matrices fill the GPU."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from olive.ops import gpu_dispatch
+from olive.ops.gpu_dispatch import Gpu, Plan, choose_linear
+from tests.cuda.module import NEEDS_COMPILER, emulated_cuda
+
+H200 = Gpu(90, 132, 227 * 1024)
+A100 = Gpu(80, 108, 163 * 1024)
+RTX4090 = Gpu(89, 128, 99 * 1024)
+B200 = Gpu(100, 148, 227 * 1024)
+TURING = Gpu(75, 68, 64 * 1024)
+GPUS = (H200, A100, RTX4090, B200, TURING)
+TILES = {tile.tokens: tile for tile in gpu_dispatch._MMA_TILES}
+
+
+@settings(max_examples=300, deadline=None, derandomize=True)
+@given(
+    m=st.integers(1, 20_000),
+    n=st.integers(1, 100_000),
+    k=st.integers(1, 100_000),
+    dtype=st.sampled_from((torch.bfloat16, torch.float16, torch.float32)),
+    gpu=st.sampled_from(GPUS),
+)
+def test_every_choice_can_run(m: int, n: int, k: int, dtype: torch.dtype, gpu: Gpu) -> None:
+    plan = choose_linear(m, n, k, dtype, gpu)
+    if dtype == torch.float32:
+        assert plan == Plan("decode")
+    if plan.kernel == "mma":
+        tile = TILES[plan.tokens]
+        assert tile.shared <= gpu.shared_per_block
+        assert plan.split in (1, 2, 4, 8)
+    if plan.kernel == "wgmma":
+        assert gpu.capability == 90
+        assert (plan.rows, plan.tokens) in gpu_dispatch._WGMMA_TILES
+
+
+def test_few_rows_take_the_smallest_tile_that_holds_them() -> None:
+    for m, tokens in ((1, 8), (8, 8), (9, 16), (16, 16), (17, 32), (32, 32)):
+        assert choose_linear(m, 14336, 4096, torch.bfloat16, H200).tokens == tokens
+
+
+@pytest.mark.parametrize("m", [1, 16, 32])
+@pytest.mark.parametrize("gpu", [H200, A100, B200], ids=str)
+def test_small_matrices_fill_the_gpu(m: int, gpu: Gpu) -> None:
+    plan = choose_linear(m, 4096, 4096, torch.bfloat16, gpu)
+    tile = TILES[plan.tokens]
+    blocks = -(-4096 // tile.rows) * plan.split
+    assert blocks >= gpu.multiprocessors // 2
+    assert blocks <= gpu.multiprocessors * tile.blocks
+
+
+def test_many_rows_take_wgmma_on_hopper_and_decoding_elsewhere() -> None:
+    for m in (65, 256, 4096):
+        assert choose_linear(m, 4096, 4096, torch.float16, H200).kernel == "wgmma"
+    assert choose_linear(10**5, 4096, 4096, torch.float16, H200).kernel == "decode"
+    assert choose_linear(100, 4096, 4096, torch.float16, A100).kernel == "mma"
+    for gpu in (A100, RTX4090, B200):
+        assert choose_linear(4096, 4096, 4096, torch.float16, gpu).kernel == "decode"
+
+
+def test_a_gpu_without_the_shared_memory_decodes() -> None:
+    assert choose_linear(1, 4096, 4096, torch.float16, TURING) == Plan("decode")
+
+
+@NEEDS_COMPILER
+def test_tiles_are_those_of_the_kernels() -> None:
+    expected = [
+        (tile.tokens, tile.rows, tile.warps_along_k, tile.blocks, tile.shared)
+        for tile in gpu_dispatch._MMA_TILES
+    ]
+    assert emulated_cuda().mma_shapes() == expected
