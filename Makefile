@@ -1,8 +1,9 @@
 # make demo    from a fresh clone to a quantized language model (MODEL=<hub id or path> for another one)
 # make test    from a fresh clone to a green suite
 # make bench   kernel and quality benchmarks into bench/results/
-# make gpu     build in place and run the GPU tests with a Python that has a CUDA Torch, pybind11 and pytest
-#              (GPU_PYTHON=...); nothing is downloaded
+# make gpu     build in place for this machine's GPU, run the GPU tests and benches: figures into
+#              bench/results/<gpu>.csv, a table at the end. With a Python that has a CUDA Torch, pybind11, pytest and
+#              transformers (GPU_PYTHON=...); CMake and nvcc on PATH. Nothing is downloaded; about 6 minutes
 # make lint    ruff, mypy, clang-format
 # make wheel   the wheel, in dist/
 # Needs Linux, Python 3.11 or 3.12, GCC 11 or newer and git. Everything else is installed into .venv.
@@ -14,7 +15,7 @@ MODEL ?= examples/tiny_llama
 BIN := $(VENV)/bin
 PIP := $(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt
 SOURCES := CMakeLists.txt setup.py pyproject.toml constraints.txt $(shell find csrc -type f)
-CPP := $(shell find csrc tests -name '*.cpp' -o -name '*.h' -o -name '*.inl')
+CPP := $(shell find csrc tests -name '*.cpp' -o -name '*.cu' -o -name '*.cuh' -o -name '*.h' -o -name '*.inl')
 
 .PHONY: demo test bench gpu lint wheel install clean
 
@@ -45,12 +46,19 @@ bench: install
 	$(BIN)/python -m bench.plots
 	$(BIN)/python -m bench.readme
 
+# Failing or hanging tests do not keep the benches from running: one rented GPU gives everything that works.
+gpu: export PATH := $(PATH):/usr/local/cuda/bin
 gpu:
-	$(GPU_PYTHON) -c "import torch, pybind11, pytest"
-	cmake -S . -B build/gpu -DOLIVE_IN_PLACE=ON -DPython_EXECUTABLE=$$(command -v $(GPU_PYTHON)) \
-	  -Dpybind11_DIR=$$($(GPU_PYTHON) -m pybind11 --cmakedir)
-	cmake --build build/gpu --parallel
-	$(GPU_PYTHON) -m pytest -m gpu
+	$(GPU_PYTHON) -c "import pybind11, pytest, torch, transformers"
+	architecture=$$($(GPU_PYTHON) -m bench.gpu.architecture) && \
+	cmake -S . -B build/gpu $(if $(shell command -v ninja),-G Ninja) -DOLIVE_IN_PLACE=ON -DOLIVE_CUDA=ON \
+	  -DCMAKE_CUDA_ARCHITECTURES=$$architecture \
+	  -DPython_EXECUTABLE=$$(command -v $(GPU_PYTHON)) -Dpybind11_DIR=$$($(GPU_PYTHON) -m pybind11 --cmakedir)
+	cmake --build build/gpu --parallel $$(nproc)
+	status=0; \
+	timeout --signal=INT --kill-after=10 130 $(GPU_PYTHON) -m pytest -m gpu || status=1; \
+	$(GPU_PYTHON) -m bench.gpu || status=1; \
+	exit $$status
 
 lint: install
 	$(BIN)/ruff check .

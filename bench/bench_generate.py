@@ -1,8 +1,9 @@
-"""Tokens per second of a whole language model, random weights, bfloat16 and quantized, batch 1, greedy.
+"""Tokens per second of a whole language model, random weights, bfloat16 and quantized, greedy.
 
-Random weights generate nonsense at the speed of real ones. Both models take turns.
+On a CPU: batch 1, both models take turns. On a GPU: `bench.gpu.generate`.
 
     python -m bench.bench_generate                    # 1.1 B parameters (TinyLlama's shape), about 3 minutes
+    python -m bench.bench_generate --device cuda      # Llama 3 8B's shape, about a minute on an H200
     python -m bench.bench_generate --tiny
 """
 
@@ -20,27 +21,10 @@ from rich.table import Table
 
 import olive
 from bench.common import RESULTS, append_csv, environment
+from bench.gpu import generate as gpu
+from bench.models import TINY, TINYLLAMA, random_llama
 from bench.timing import take_turns
 from olive import QuantConfig, ops
-
-SHAPE: dict[str, Any] = {
-    "hidden_size": 2048,
-    "intermediate_size": 5632,
-    "num_hidden_layers": 22,
-    "num_attention_heads": 32,
-    "num_key_value_heads": 4,
-    "vocab_size": 32000,
-}
-TINY = {**SHAPE, "hidden_size": 128, "intermediate_size": 256, "num_hidden_layers": 2, "vocab_size": 256}
-
-
-def random_llama(shape: dict[str, Any]) -> Any:
-    """A Llama of that shape with random bfloat16 weights."""
-    from transformers import LlamaConfig, LlamaForCausalLM
-
-    config = LlamaConfig(**shape, dtype=torch.bfloat16, max_position_embeddings=2048)
-    model: Any = LlamaForCausalLM(config)
-    return model.to(torch.bfloat16).eval()
 
 
 def generator(model: Any, prompt: torch.Tensor, tokens: int) -> Any:
@@ -65,12 +49,16 @@ def main(
     prompt_tokens: Annotated[int, typer.Option(help="Length of the prompt.")] = 16,
     tokens: Annotated[int, typer.Option(help="Tokens to generate.")] = 32,
     seconds: Annotated[float, typer.Option(help="Roughly, for the timed turns.")] = 60.0,
-    output: Annotated[Path | None, typer.Option(help="CSV to append to.")] = RESULTS / "generate.csv",
+    device: Annotated[str, typer.Option(help="cpu or cuda, where the options above do not count.")] = "cpu",
+    output: Annotated[Path | None, typer.Option(help="CSV to append to, by default the device's.")] = None,
 ) -> None:
     """Build, quantize, generate in turns, print a table, append to the CSV."""
+    if device != "cpu":
+        gpu.main(tiny=tiny, device=device, output=output)
+        return
     torch.set_num_threads(threads)
     torch.manual_seed(0)
-    model = random_llama(TINY if tiny else SHAPE)
+    model = random_llama(TINY if tiny else TINYLLAMA)
     parameters = sum(parameter.numel() for parameter in model.parameters())
     quantized = copy.deepcopy(model)
     start = time.perf_counter()
@@ -110,8 +98,8 @@ def main(
     console = Console(width=100)
     console.print(table)
     console.print(f"{parameters / 1e9:.2f} B parameters, quantized in {took:.0f} s")
-    if output is not None and not tiny:
-        append_csv(output, lines)
+    if not tiny:
+        append_csv(output or RESULTS / "generate.csv", lines)
 
 
 if __name__ == "__main__":

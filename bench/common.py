@@ -10,7 +10,10 @@ from collections.abc import Iterable, Mapping
 from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    import torch
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = Path(__file__).resolve().parent / "results"
@@ -52,21 +55,53 @@ def package_version(name: str) -> str:
         return ""
 
 
-def environment() -> dict[str, str]:
-    """Columns that say where a figure comes from, the same in every CSV."""
+def _processor() -> str:
+    return f"{cpu_model()}, {os.cpu_count()} cores"
+
+
+def _software() -> dict[str, str]:
     import torch
 
     import olive
 
     return {
-        "machine": f"{cpu_model()}, {os.cpu_count()} cores",
-        "threads": str(torch.get_num_threads()),
         "python": platform.python_version(),
         "torch": str(torch.__version__),
         "transformers": package_version("transformers"),
         "olive": olive.__version__,
         "commit": commit(),
         "date": datetime.now(UTC).strftime("%Y-%m-%d"),
+    }
+
+
+def environment() -> dict[str, str]:
+    """Columns that say where a figure comes from, the same in every CSV of a CPU."""
+    import torch
+
+    return {"machine": _processor(), "threads": str(torch.get_num_threads()), **_software()}
+
+
+def driver_version() -> str:
+    """Version of NVIDIA's driver, "" where there is none."""
+    command = ("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader")
+    try:
+        answer = subprocess.run(command, capture_output=True, text=True, check=True, timeout=20)
+    except (OSError, subprocess.SubprocessError):
+        return ""
+    return answer.stdout.partition("\n")[0].strip()
+
+
+def gpu_environment(device: torch.device) -> dict[str, str]:
+    """The same for figures of a GPU; a smoke run on a CPU names the CPU."""
+    import torch
+
+    on_gpu = device.type == "cuda"
+    return {
+        "machine": torch.cuda.get_device_name(device) if on_gpu else _processor(),
+        "driver": driver_version() if on_gpu else "",
+        "cuda": str(torch.version.cuda or ""),
+        "triton": package_version("triton"),
+        **_software(),
     }
 
 

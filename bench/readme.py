@@ -9,7 +9,6 @@ once, the last one counts.
 
 from __future__ import annotations
 
-import csv
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Annotated
@@ -17,8 +16,9 @@ from typing import Annotated
 import typer
 
 from bench.common import RESULTS, ROOT
+from bench.gpu.readme import GPU_SECTIONS, gpu_tables
+from bench.tables import Row, markdown, read_rows
 
-Row = dict[str, str]
 GROUP_SIZE = "128"
 QUALITY_COLUMNS = (  # metric, data, title, digits
     ("weight error", "MiniLM-L6", "weight error, MiniLM", 4),
@@ -31,20 +31,6 @@ PEERS = (  # backend, title
     ("torch_int4", "torch int4"),
     ("torchao_w4a8", "torchao W4A8"),
 )
-
-
-def read_rows(path: Path) -> list[Row]:
-    """The lines of a CSV file; none if there is no such file."""
-    if not path.exists():
-        return []
-    with path.open(newline="") as file:
-        return list(csv.DictReader(file))
-
-
-def markdown(header: list[str], lines: list[list[str]]) -> str:
-    """A markdown table; the first column is text, the others are figures."""
-    rule = ["---"] + ["---:"] * (len(header) - 1)
-    return "\n".join("| " + " | ".join(cells) + " |" for cells in (header, rule, *lines))
 
 
 def measured(rows: Iterable[Row], command: str) -> str:
@@ -155,6 +141,8 @@ def render(text: str, results: Path) -> str:
     for name, (file, table) in SECTIONS.items():
         rows = read_rows(results / file)
         text = fill(text, name, table(rows) if rows else f"No figures yet: bench/results/{file} is missing.")
+    for name, (ops, table) in GPU_SECTIONS.items():
+        text = fill(text, name, gpu_tables(results, ops, table))
     return text
 
 

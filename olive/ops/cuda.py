@@ -50,13 +50,9 @@ def architectures() -> str:
 
 
 @lru_cache
-def _gpu(index: int) -> Gpu:
-    assert _MODULE is not None
-    return Gpu(**_MODULE.device_properties(index))
-
-
-def _index(device: torch.device) -> int:
-    return torch.cuda.current_device() if device.index is None else device.index
+def gpu_of(device: torch.device) -> Gpu:
+    """What the choice of a kernel depends on. The device has an index, as every tensor's has."""
+    return Gpu(**_kernels().device_properties(device.index or 0))
 
 
 def _on(device: torch.device) -> AbstractContextManager[Any]:
@@ -263,7 +259,7 @@ def ovp_linear_cuda(
     rows = input.numel() // columns
     if rows == 0:
         return input.new_empty((*input.shape[:-1], out_features))
-    gpu = _gpu(_index(input.device))
+    gpu = gpu_of(input.device)
     if plan is None:
         plan = choose_linear(rows, out_features, columns, input.dtype, gpu)
     if plan.kernel == "decode":

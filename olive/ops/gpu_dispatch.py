@@ -59,13 +59,13 @@ class _MmaTile:
 
 
 # Shapes of csrc/cuda/linear_mma.cu, for groups of 64 and more.
-_MMA_TILES = (
+MMA_TILES = (
     _MmaTile(8, 64, 8, 2, 98_816),
     _MmaTile(16, 128, 2, 2, 98_816),
     _MmaTile(32, 128, 2, 1, 132_096),
     _MmaTile(64, 256, 1, 1, 164_864),
 )
-_WGMMA_TILES = ((128, 64), (128, 128), (128, 256), (256, 128))  # rows, tokens
+WGMMA_TILES = ((128, 64), (128, 128), (128, 256), (256, 128))  # rows, tokens
 
 # mma.sync is bound by its products from 64 rows on, at half of memory speed; wgmma has twice the rate.
 # Predicted; below 33 rows both are bound by memory, and mma.sync needs no whole 64 rows.
@@ -82,20 +82,20 @@ BLACKWELL_DECODE_FROM_ROWS = 256
 # GPUs with 99 KiB of shared memory decode each weight once per 16 activation rows.
 SMALL_DECODE_FROM_ROWS = 96
 
-_SPLITS = (8, 4, 2, 1)
+SPLITS = (8, 4, 2, 1)
 _DECODE_CLOCKS = 180  # per warpgroup, 64 rows and 64 columns: counted instructions and their latencies
 _L2_BYTES_PER_CLOCK = 32  # per multiprocessor
 
 
 def _mma_plan(m: int, n: int, k: int, gpu: Gpu) -> Plan | None:
-    fitting = [tile for tile in _MMA_TILES if tile.shared <= gpu.shared_per_block]
+    fitting = [tile for tile in MMA_TILES if tile.shared <= gpu.shared_per_block]
     if not fitting:
         return None
     tile = next((tile for tile in fitting if tile.tokens >= m), fitting[-1])
     tasks = ceil(n / tile.rows) * ceil(m / tile.tokens)
     steps = ceil(k / (64 * tile.warps_along_k))
     resident = gpu.multiprocessors * tile.blocks
-    split = next(split for split in _SPLITS if split == 1 or (tasks * split <= resident and split <= steps))
+    split = next(split for split in SPLITS if split == 1 or (tasks * split <= resident and split <= steps))
     return Plan("mma", tokens=tile.tokens, split=split)
 
 
@@ -112,7 +112,7 @@ def _wgmma_clocks(m: int, n: int, rows: int, tokens: int, gpu: Gpu) -> float:
 def _decode_from_rows(gpu: Gpu) -> int:
     if gpu.capability == HOPPER:
         return HOPPER_DECODE_FROM_ROWS
-    if gpu.shared_per_block < _MMA_TILES[-1].shared:
+    if gpu.shared_per_block < MMA_TILES[-1].shared:
         return SMALL_DECODE_FROM_ROWS
     return BLACKWELL_DECODE_FROM_ROWS if gpu.capability > HOPPER else AMPERE_DECODE_FROM_ROWS
 
@@ -131,8 +131,8 @@ def choose_linear(m: int, n: int, k: int, dtype: torch.dtype, gpu: Gpu) -> Plan:
     if dtype == torch.float32 or m >= _decode_from_rows(gpu):
         return Plan("decode")
     if gpu.capability == HOPPER and m >= WGMMA_FROM_ROWS:
-        rows, tokens = min(_WGMMA_TILES, key=lambda tile: _wgmma_clocks(m, n, tile[0], tile[1], gpu))
+        rows, tokens = min(WGMMA_TILES, key=lambda tile: _wgmma_clocks(m, n, tile[0], tile[1], gpu))
         filled = ceil(n / rows) * ceil(m / tokens) / gpu.multiprocessors
-        if m > _MMA_TILES[-1].tokens or filled >= WGMMA_LEAST_FILLED:
+        if m > MMA_TILES[-1].tokens or filled >= WGMMA_LEAST_FILLED:
             return Plan("wgmma", tokens=tokens, rows=rows)
     return _mma_plan(m, n, k, gpu) or Plan("decode")

@@ -23,8 +23,15 @@ between
 <!-- /results -->
 <!-- results:generate -->
 <!-- /results -->
+<!-- results:gpu_linear -->
+<!-- /results -->
+<!-- results:gpu_generate -->
+<!-- /results -->
+<!-- results:gpu_quantize -->
+<!-- /results -->
 end
 """
+NOT_MEASURED = "Not measured yet: `make gpu` on a machine with a GPU writes the figures.\n"
 
 
 def write(path: Path, rows: list[dict[str, str]]) -> None:
@@ -123,6 +130,9 @@ def test_tables(results: Path) -> None:
         "Reproduce with `python -m bench.bench_generate`. "
         "Measured on a chip, 2 cores, 2 threads, torch 2.13.0, commit abc, 2026-01-02.\n"
         "<!-- /results -->\n"
+        f"<!-- results:gpu_linear -->\n{NOT_MEASURED}<!-- /results -->\n"
+        f"<!-- results:gpu_generate -->\n{NOT_MEASURED}<!-- /results -->\n"
+        f"<!-- results:gpu_quantize -->\n{NOT_MEASURED}<!-- /results -->\n"
         "end\n"
     )
 
@@ -170,3 +180,107 @@ def test_command(results: Path, tmp_path: Path) -> None:
 def test_readme_has_the_figures_of_the_results() -> None:
     text = (ROOT / "README.md").read_text(encoding="utf-8")
     assert readme.render(text, RESULTS) == text, "run `python -m bench.readme`"
+
+
+GPU = {"machine": "a GPU", "driver": "580.1", "torch": "2.11.0", "commit": "abc", "date": "2026-01-02"}
+GPU_FIGURES = (
+    "op",
+    "backend",
+    "m",
+    "n",
+    "k",
+    "median_ms",
+    "of_copy",
+    "speedup",
+    "mweights_s",
+    "tokens_s",
+    "peak_gib",
+)
+
+
+def write_gpu(path: Path, *rows: dict[str, str]) -> None:
+    with path.open("w", newline="") as file:
+        writer = csv.DictWriter(file, [*GPU_FIGURES, *GPU], restval="")
+        writer.writeheader()
+        writer.writerows({"median_ms": "1", **row, **GPU} for row in rows)
+
+
+def test_gpu_tables(results: Path) -> None:
+    layer = {"op": "ovp_linear", "n": "64", "k": "256"}
+    write_gpu(
+        results / "a_gpu.csv",
+        {**layer, "backend": "olive", "m": "1", "of_copy": "0.1", "speedup": "9"},  # measured again below
+        {**layer, "backend": "olive", "m": "1", "of_copy": "0.812", "speedup": "3.456"},
+        {**layer, "backend": "olive", "m": "64", "of_copy": "0.7", "speedup": "1.5"},
+        {**layer, "backend": "olive", "m": "3", "of_copy": "0.7", "speedup": "7"},
+        {**layer, "backend": "torch_int4", "m": "64", "of_copy": "0.7", "speedup": "0.25"},
+        {**layer, "backend": "gemlite", "m": "", "median_ms": ""},
+        {
+            "op": "generate",
+            "backend": "olive",
+            "m": "1",
+            "tokens_s": "250.4",
+            "speedup": "2.6",
+            "peak_gib": "5.71",
+        },
+        {
+            "op": "generate",
+            "backend": "torch_bf16",
+            "m": "1",
+            "tokens_s": "96",
+            "speedup": "1",
+            "peak_gib": "15",
+        },
+        {
+            "op": "prefill",
+            "backend": "olive",
+            "m": "4096",
+            "tokens_s": "4e4",
+            "speedup": "1",
+            "peak_gib": "6",
+        },
+        {"op": "ovp_encode", "backend": "olive", "of_copy": "0.61", "mweights_s": "700000"},
+        {"op": "ovp_quantize", "backend": "olive", "of_copy": "0.001", "mweights_s": "350"},
+    )
+    place = (
+        "Reproduce with `make gpu`. Measured on a GPU, driver 580.1, torch 2.11.0, commit abc, 2026-01-02.\n"
+    )
+    text = readme.render(PAGE, results)
+    assert text[text.index("<!-- results:gpu_linear -->") :] == (
+        "<!-- results:gpu_linear -->\n"
+        "| N x K | of copy bandwidth, M = 1 | "
+        "M = 1 | M = 4 | M = 16 | M = 64 | M = 256 | M = 1024 | M = 4096 |\n"
+        "| --- | ---: | ---: | ---: | ---: | ---: | ---: | ---: | ---: |\n"
+        "| 64 x 256, OliVe | 81% | 3.46 |  |  | 1.50 |  |  |  |\n"
+        "| 64 x 256, torch int4 |  |  |  |  | 0.25 |  |  |  |\n"
+        "\n"
+        f"{place}"
+        "<!-- /results -->\n"
+        "<!-- results:gpu_generate -->\n"
+        "| Llama 3 8B's shape | tokens per second | speed-up | peak memory, GiB |\n"
+        "| --- | ---: | ---: | ---: |\n"
+        "| batch 1, bfloat16 | 96 | 1.00 | 15.0 |\n"
+        "| batch 1, OliVe | 250 | 2.60 | 5.7 |\n"
+        "| prompt of 4096 tokens, OliVe | 40000 | 1.00 | 6.0 |\n"
+        "\n"
+        f"{place}"
+        "<!-- /results -->\n"
+        "<!-- results:gpu_quantize -->\n"
+        "| operator | of copy bandwidth | million weights per second | 7 B weights, seconds |\n"
+        "| --- | ---: | ---: | ---: |\n"
+        "| encode, scales given | 61% | 700000 | 0.01 |\n"
+        "| quantize, default search | 0% | 350 | 20.00 |\n"
+        "\n"
+        f"{place}"
+        "<!-- /results -->\n"
+        "end\n"
+    )
+
+
+def test_every_gpu_has_a_table(results: Path) -> None:
+    row = {"op": "ovp_encode", "backend": "olive", "of_copy": "0.61", "mweights_s": "700000"}
+    write_gpu(results / "a_gpu.csv", row)
+    write_gpu(results / "b_gpu.csv", row)
+    text = readme.render(PAGE, results)
+    assert text.count("encode, scales given") == 2
+    assert f"<!-- results:gpu_linear -->\n{NOT_MEASURED}" in text

@@ -9,6 +9,7 @@ from typer.testing import CliRunner
 
 import olive.doctor
 from olive.cli import app
+from olive.ops import gpu_backend
 
 MODEL = "examples/tiny_llama"
 
@@ -31,6 +32,39 @@ def test_doctor_names_what_is_missing(monkeypatch):
     assert any("pip install ." in problem for problem in problems)
     assert any("olive-ai" in problem for problem in problems)
     assert CliRunner().invoke(app, ["doctor"]).exit_code == 1
+
+
+@pytest.fixture
+def one_gpu(monkeypatch):
+    """As if there were an NVIDIA GPU; what its backends lack is up to the test."""
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 1)
+    monkeypatch.setattr("torch.cuda.get_device_name", lambda device: "NVIDIA H200")
+    monkeypatch.setattr("torch.cuda.get_device_capability", lambda device: (9, 0))
+    monkeypatch.setattr("olive.ops.triton.missing", lambda device: "")
+    gpu_backend.cache_clear()
+    yield monkeypatch
+    gpu_backend.cache_clear()
+
+
+def test_doctor_tells_which_kernels_serve_a_gpu(one_gpu):
+    one_gpu.setattr("olive.ops.cuda.missing", lambda device: "")
+    found = olive.doctor.examine()
+    assert found.facts["GPU 0"] == "NVIDIA H200, 9.0, cuda kernels"
+    assert not [problem for problem in found.problems if "GPU" in problem]
+
+
+def test_doctor_tells_why_a_gpu_has_no_cuda_kernels(one_gpu):
+    one_gpu.setattr("olive.ops.cuda.missing", lambda device: "olive._cuda was not built")
+    found = olive.doctor.examine()
+    assert found.facts["GPU 0"] == "NVIDIA H200, 9.0, triton kernels"
+    assert "GPU 0 runs without the CUDA kernels: olive._cuda was not built" in found.problems
+
+
+def test_doctor_reports_a_backend_that_cannot_be_had(one_gpu):
+    one_gpu.setattr("olive.ops.cuda.missing", lambda device: "olive._cuda was not built")
+    one_gpu.setenv("OLIVE_GPU_BACKEND", "cuda")
+    problems = olive.doctor.examine().problems
+    assert any("expected a backend that can serve cuda:0, got 'cuda'" in problem for problem in problems)
 
 
 def test_quantize_writes_a_checkpoint_that_loads(model_path, tmp_path):

@@ -100,14 +100,13 @@ def cuda_on_cpu(
     module.set_schedule(schedule)
     module.set_device(multiprocessors, capability, shared_per_block)
     module.launched()  # forget
-    cuda._gpu.cache_clear()
+    cuda.gpu_of.cache_clear()
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(cuda, "_MODULE", module)
         patch.setattr(cuda, "_on", lambda device: nullcontext())
         patch.setattr(cuda, "_stream", lambda device: 0)
-        patch.setattr(cuda, "_index", lambda device: 0)
         yield module
-    cuda._gpu.cache_clear()
+    cuda.gpu_of.cache_clear()
 
 
 def _gpu_missing() -> str:

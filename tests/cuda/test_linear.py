@@ -6,6 +6,8 @@ weight to the activations' type, as decoding to that type does. Both sum in floa
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from torch import Tensor
@@ -254,6 +256,25 @@ def test_strided_and_misaligned_tensors() -> None:
         assert torch.equal(
             cuda.ovp_linear_cuda(x[None, :, :].expand(2, 5, 200), *packed, table, None, 70, 64)[1], expected
         )
+
+
+@NEEDS_COMPILER
+@pytest.mark.parametrize("plan", [MMA[0], MMA[3], WGMMA[0]], ids=str)
+def test_nothing_is_allocated_but_the_output(plan: Plan, monkeypatch: pytest.MonkeyPatch) -> None:
+    codes, scale, table = random_weight(70, 200, 64, "adaptive")
+    x = torch.randn(5, 200).bfloat16()
+    made: list[tuple[int, ...]] = []
+    empty = torch.empty
+
+    def watched(shape: tuple[int, ...], **options: Any) -> Tensor:
+        made.append(tuple(shape))
+        return empty(shape, **options)
+
+    with cuda_on_cpu():
+        packed = cuda.ovp_pack_cuda(codes, scale, 200, 64)
+        monkeypatch.setattr(torch, "empty", watched)
+        cuda.ovp_linear_cuda(x, *packed, table, torch.randn(70), 70, 64, plan)
+    assert made == [(5, 70)]
 
 
 @NEEDS_COMPILER

@@ -17,7 +17,7 @@ RTX4090 = Gpu(89, 128, 99 * 1024)
 B200 = Gpu(100, 148, 227 * 1024)
 TURING = Gpu(75, 68, 64 * 1024)
 GPUS = (H200, A100, RTX4090, B200, TURING)
-TILES = {tile.tokens: tile for tile in gpu_dispatch._MMA_TILES}
+TILES = {tile.tokens: tile for tile in gpu_dispatch.MMA_TILES}
 
 
 @settings(max_examples=300, deadline=None, derandomize=True)
@@ -38,7 +38,7 @@ def test_every_choice_can_run(m: int, n: int, k: int, dtype: torch.dtype, gpu: G
         assert plan.split in (1, 2, 4, 8)
     if plan.kernel == "wgmma":
         assert gpu.capability == 90
-        assert (plan.rows, plan.tokens) in gpu_dispatch._WGMMA_TILES
+        assert (plan.rows, plan.tokens) in gpu_dispatch.WGMMA_TILES
 
 
 def test_few_rows_take_the_smallest_tile_that_holds_them() -> None:
@@ -73,6 +73,6 @@ def test_a_gpu_without_the_shared_memory_decodes() -> None:
 def test_tiles_are_those_of_the_kernels() -> None:
     expected = [
         (tile.tokens, tile.rows, tile.warps_along_k, tile.blocks, tile.shared)
-        for tile in gpu_dispatch._MMA_TILES
+        for tile in gpu_dispatch.MMA_TILES
     ]
     assert emulated_cuda().mma_shapes() == expected

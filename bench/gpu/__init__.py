@@ -1,0 +1,1 @@
+"""What `make gpu` measures: `python -m bench.gpu`."""
