@@ -132,9 +132,10 @@ __device__ __forceinline__ uint32_t cluster_rank() {
   return rank;
 }
 
-// All threads of the cluster wait for each other; their writes to shared memory are seen afterwards.
+// All threads of the cluster wait for each other, also where a warp has diverged; their writes to shared memory are
+// seen afterwards.
 __device__ __forceinline__ void cluster_sync() {
-  asm volatile("barrier.cluster.arrive.release.aligned;\nbarrier.cluster.wait.acquire.aligned;" ::: "memory");
+  asm volatile("barrier.cluster.arrive.release;\nbarrier.cluster.wait.acquire;" ::: "memory");
 }
 
 // A float in the shared memory of another block of the cluster, at the address it has in this one.
