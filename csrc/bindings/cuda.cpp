@@ -145,7 +145,9 @@ py::dict device_properties(int index) {
   py::dict properties;
   properties["multiprocessors"] = found.multiprocessors;
   properties["capability"] = found.capability;
+  properties["clusters"] = found.clusters;
   properties["shared_per_block"] = found.shared_per_block;
+  properties["shared_per_processor"] = found.shared_per_processor;
   return properties;
 }
 

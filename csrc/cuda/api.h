@@ -99,7 +99,8 @@ void ovp_quantize(const WeightSource& weight, const Search& search, uint8_t* cod
 struct Device {
   int index;
   int multiprocessors;
-  int capability;            // 10 major + minor
+  int capability;            // 10 major + minor, of the code that runs: that of its PTX, at most the GPU's
+  bool clusters;             // whether blocks can add up through each other's shared memory
   int shared_per_block;      // bytes a block may ask for
   int shared_per_processor;  // bytes the blocks of a multiprocessor share
 };

@@ -107,7 +107,7 @@ struct ActivationStream {
 #pragma unroll
     for (int c = 0; c < kCopies; ++c) {
       const int here = first + (kSameToken ? c * kColumns : 0);
-      const int64_t below = kSameToken ? 0 : c * kLines * problem.k;
+      const int64_t below = kSameToken ? 0 : static_cast<int64_t>(c * kLines) * problem.k;
       const bool valid = here + column() < problem.k;
       if (tokens > (kSameToken ? 0 : c * kLines)) {
         copy_async(to + c * kLines * 128, valid ? from + (below + here) * 2 : problem.x, valid);
@@ -369,6 +369,13 @@ void launch_shape(Problem problem, uintptr_t stream) {
   if (S::kShared > device.shared_per_block) {
     throw std::invalid_argument("tokens: expected a tile that fits " + std::to_string(device.shared_per_block) +
                                 " bytes of shared memory, got " + std::to_string(S::kTokens));
+  }
+  if (static_cast<int64_t>(problem.row_units) * ((problem.m + S::kTokens - 1) / S::kTokens) > (1 << 30)) {
+    throw std::invalid_argument("m, n: expected at most 2^30 tiles, got M " + std::to_string(problem.m) + ", N " +
+                                std::to_string(problem.n));
+  }
+  if (problem.split > 1 && problem.partial == nullptr && !device.clusters) {
+    throw std::invalid_argument("partial: expected a buffer, because blocks form no clusters here, got none");
   }
   constexpr int kReserved = 1024;  // of shared memory, per block
   const int fitting = device.shared_per_processor / (S::kShared + kReserved);

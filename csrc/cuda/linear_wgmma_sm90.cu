@@ -284,6 +284,8 @@ __device__ void consume(const Problem& problem, unsigned char* shared, int tasks
           wgmma_commit();
           load_codes(codes[j]);
           wgmma_wait<0>();
+#pragma unroll
+          for (int r = 0; r < S::kRowTiles; ++r) hold(sum[r]);
           if (lane == 0) barrier_arrive(empty + 8 * slot.stage);
           slot.next();
         } else {
@@ -333,6 +335,8 @@ __global__ void __launch_bounds__(kThreads, 1)
     take_registers<240>();
     consume<T, S>(problem, shared, tasks, warpgroup);
   }
+#else
+  __trap();  // an output that nobody wrote would be worse
 #endif
 }
 

@@ -2,13 +2,14 @@
 //
 // One byte is one pair, and a pair is one fragment register. 256 bytes x 2 rules x 4 bytes = 2 KiB; each lane has a
 // copy of its own in its own bank, so a warp's 32 look-ups never wait for each other: 64 KiB. The entry of a byte is at
-// 256 x byte + 128 x rule + 4 x lane: for the second byte of a word that is the word, masked.
+// 256 x byte + 128 x rule + 4 x lane: an address of two bytes, of which the lower one is the same for a whole group.
 //
-// Counted for a word of four pairs: 3 shifts, 4 three-input logic operations, 4 loads: 1.4 instructions a weight. In
-// registers, with byte permutes on the level tables, a weight takes 5 to 6: flags of identifiers, two look-ups of
-// magnitudes, selection, signs, widening. An H200 reads about 40 codes per clock and multiprocessor, which issues
-// 128 lane instructions per clock: 60 of them with the table, over 200 with permutes. The table is bound by its
-// loads, 64 weights per clock. Filling it takes 512 clocks of stores, while the first codes are on their way.
+// Counted for a word of four pairs: 4 byte permutations and 4 loads, one instruction a weight. In registers, with byte
+// permutes on the level tables, a weight takes 5 to 6: flags of identifiers, two look-ups of magnitudes, selection,
+// signs, widening. An H200 reads about 40 codes per clock and multiprocessor, which issues 128 lane instructions per
+// clock, 64 of them on integers: 40 in all with the table, 20 of them on integers; over 200 with permutes. The table is
+// bound by its loads, 64 weights per clock. Filling it takes 512 clocks of stores, while the first codes are on their
+// way.
 #pragma once
 
 #include "core/floats.h"
@@ -74,13 +75,14 @@ __device__ __forceinline__ float high_scale(uint32_t scales) { return bits_to_fl
 // Four codes of a lane to its four registers of a 16 x 16 fragment.
 __device__ __forceinline__ void decode_fragment(uint32_t (&to)[4], const unsigned char* table, const TableRows& rows,
                                                 uint32_t codes) {
-  const auto look_up = [&](uint32_t shifted, uint32_t row) {
-    return *reinterpret_cast<const uint32_t*>(table + ((shifted & 0xFF00u) | row));
+  // The address is two bytes: a code above its row's place. One permutation puts them together.
+  const auto look_up = [&](uint32_t selectors, uint32_t row) {
+    return *reinterpret_cast<const uint32_t*>(table + __byte_perm(codes, row, selectors));
   };
-  to[0] = look_up(codes << 8, rows.row[0]);
-  to[1] = look_up(codes, rows.row[1]);
-  to[2] = look_up(codes >> 8, rows.row[0]);
-  to[3] = look_up(codes >> 16, rows.row[1]);
+  to[0] = look_up(0x5504, rows.row[0]);
+  to[1] = look_up(0x5514, rows.row[1]);
+  to[2] = look_up(0x5524, rows.row[0]);
+  to[3] = look_up(0x5534, rows.row[1]);
 }
 
 }  // namespace olive::cuda

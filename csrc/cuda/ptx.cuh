@@ -10,6 +10,11 @@
 #include "emulator/ptx.h"
 #else
 
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ == 900 && !defined(__CUDA_ARCH_FEAT_SM90_ALL)
+// Dispatch would choose kernels that this code lacks.
+#error "compute capability 9.0 needs its own instructions: set CMAKE_CUDA_ARCHITECTURES to 90a-real, not 90"
+#endif
+
 #include <cuda.h>  // CUtensorMap
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
@@ -26,15 +31,15 @@ __device__ __forceinline__ uint32_t shared_address(const void* pointer) {
 
 // ---- memory ---------------------------------------------------------------------------------------------
 
+// What createpolicy.fractional.L2::evict_first gives for a fraction of 1, without asking for it at every load.
+constexpr uint64_t kEvictFirst = 0x12F0000000000000ull;
+
 // 16 bytes that are read once: not kept in L1, first to leave L2, so that activations stay there.
 __device__ __forceinline__ uint4 load_once(const uint4* from) {
   uint4 value;
-  asm volatile(
-      "{\n.reg .b64 policy;\n"
-      "createpolicy.fractional.L2::evict_first.b64 policy, 1.0;\n"
-      "ld.global.nc.L1::no_allocate.L2::cache_hint.v4.u32 {%0, %1, %2, %3}, [%4], policy;\n}"
-      : "=r"(value.x), "=r"(value.y), "=r"(value.z), "=r"(value.w)
-      : "l"(from));
+  asm volatile("ld.global.nc.L1::no_allocate.L2::cache_hint.v4.u32 {%0, %1, %2, %3}, [%4], %5;"
+               : "=r"(value.x), "=r"(value.y), "=r"(value.z), "=r"(value.w)
+               : "l"(from), "l"(kEvictFirst));
   return value;
 }
 
@@ -232,6 +237,13 @@ __device__ __forceinline__ void wgmma_commit() { asm volatile("wgmma.commit_grou
 template <int kPending>
 __device__ __forceinline__ void wgmma_wait() {
   asm volatile("wgmma.wait_group.sync.aligned %0;" ::"n"(kPending) : "memory");
+}
+
+// Keeps the compiler from moving uses of a sum across the wait for it.
+template <int kCount>
+__device__ __forceinline__ void hold(float (&sum)[kCount]) {
+#pragma unroll
+  for (int i = 0; i < kCount; ++i) asm volatile("" : "+f"(sum[i])::"memory");
 }
 
 // sum [64 x kColumns] = (accumulate ? sum : 0) + A [64 x 16, in registers] times B [16 x kColumns], B by descriptor,

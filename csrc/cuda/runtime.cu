@@ -1,5 +1,9 @@
 // Tensor maps, and whether this build has code for a device. The driver's function is looked up at run time: nothing
 // links libcuda, so the module imports without a driver.
+#include <algorithm>
+#include <map>
+#include <mutex>
+
 #include "cuda/api.h"
 #include "cuda/runtime.cuh"
 
@@ -8,21 +12,51 @@ namespace {
 
 __global__ void probe_kernel() {}
 
-}  // namespace
+// Makes a device the current one for as long as this lives.
+class Current {
+ public:
+  explicit Current(int index) {
+    check("device", cudaGetDevice(&before_));
+    check("device", cudaSetDevice(index));
+  }
+  ~Current() { cudaSetDevice(before_); }
+  Current(const Current&) = delete;
+  Current& operator=(const Current&) = delete;
 
-Device device(int index) {
-  int major = 0, minor = 0;
-  Device found = {index, 0, 0, 0, 0};
+ private:
+  int before_ = 0;
+};
+
+Device ask_device(int index) {
+  const Current current(index);
+  int major = 0, minor = 0, clusters = 0;
+  Device found = {};
+  found.index = index;
   const auto ask = [&](int* to, cudaDeviceAttr attribute) {
     check("device", cudaDeviceGetAttribute(to, attribute, index));
   };
   ask(&major, cudaDevAttrComputeCapabilityMajor);
   ask(&minor, cudaDevAttrComputeCapabilityMinor);
+  ask(&clusters, cudaDevAttrClusterLaunch);
   ask(&found.multiprocessors, cudaDevAttrMultiProcessorCount);
   ask(&found.shared_per_block, cudaDevAttrMaxSharedMemoryPerBlockOptin);
   ask(&found.shared_per_processor, cudaDevAttrMaxSharedMemoryPerMultiprocessor);
-  found.capability = 10 * major + minor;
+  // Code that the driver made of older PTX has neither clusters nor wgmma, whatever the GPU has.
+  cudaFuncAttributes attributes = {};
+  check("device", cudaFuncGetAttributes(&attributes, probe_kernel));
+  found.capability = std::min(10 * major + minor, attributes.ptxVersion);
+  found.clusters = clusters != 0 && found.capability >= 90;
   return found;
+}
+
+}  // namespace
+
+Device device(int index) {
+  static std::mutex mutex;
+  static std::map<int, Device> known;
+  const std::lock_guard<std::mutex> lock(mutex);
+  const auto found = known.find(index);
+  return found != known.end() ? found->second : known.emplace(index, ask_device(index)).first->second;
 }
 
 std::string unsupported(int index) {
@@ -35,9 +69,11 @@ std::string unsupported(int index) {
   cudaGetLastError();
   if (error == cudaSuccess) return "";
   if (error == cudaErrorNoKernelImageForDevice || error == cudaErrorInvalidDeviceFunction) {
-    const int capability = device(index).capability;
+    int major = 0, minor = 0;
+    cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, index);
+    cudaDeviceGetAttribute(&minor, cudaDevAttrComputeCapabilityMinor, index);
     return "this build of olive._cuda has code for " OLIVE_CUDA_ARCHITECTURES ", the GPU has compute capability " +
-           std::to_string(capability / 10) + "." + std::to_string(capability % 10);
+           std::to_string(major) + "." + std::to_string(minor);
   }
   return std::string("CUDA says ") + cudaGetErrorName(error) + " (" + cudaGetErrorString(error) + ")";
 }

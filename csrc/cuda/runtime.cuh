@@ -34,7 +34,7 @@ inline void check(const char* what, cudaError_t error) {
   if (error == cudaErrorNoKernelImageForDevice || error == cudaErrorInvalidDeviceFunction) {
     hint =
         "; this build of olive._cuda has no code for the GPU: rebuild it with CMAKE_CUDA_ARCHITECTURES set to the "
-        "GPU's compute capability";
+        "GPU's compute capability (9.0 is 90a-real)";
   } else if (error == cudaErrorInsufficientDriver || error == cudaErrorNoDevice) {
     hint = "; olive._cuda needs an NVIDIA GPU and a driver for CUDA " + std::to_string(CUDART_VERSION / 1000) +
            " or newer";

@@ -18,7 +18,6 @@ from olive.ops.gpu_dispatch import Gpu, Plan, choose_linear
 from olive.ops.packed import CUDA_LAYOUT
 
 _TYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
-_CLUSTERS_FROM = 90  # compute capability whose blocks add up through each other's shared memory
 _ALIGNMENT = 16  # bytes of a load
 
 
@@ -287,7 +286,7 @@ def ovp_linear_cuda(
             _kernels().linear_wgmma(*arguments, plan.rows, plan.tokens, _stream(input.device))
             return out
         partial = None
-        if plan.split > 1 and gpu.capability < _CLUSTERS_FROM:
+        if plan.split > 1 and not gpu.clusters:
             shape = (plan.split, rows, out_features)
             partial = torch.empty(shape, dtype=torch.float32, device=input.device)
         address = 0 if partial is None else partial.data_ptr()

@@ -21,14 +21,18 @@ class Gpu:
     """What the choice depends on.
 
     Args:
-        capability: 10 major + minor.
+        capability: 10 major + minor, of the code that runs there.
         multiprocessors: how many.
+        clusters: whether blocks can add up through each other's shared memory.
         shared_per_block: bytes of shared memory that a block may ask for.
+        shared_per_processor: bytes that the blocks of a multiprocessor share.
     """
 
     capability: int
     multiprocessors: int
+    clusters: bool
     shared_per_block: int
+    shared_per_processor: int
 
 
 @dataclass(frozen=True)
@@ -82,6 +86,7 @@ BLACKWELL_DECODE_FROM_ROWS = 256
 # GPUs with 99 KiB of shared memory decode each weight once per 16 activation rows.
 SMALL_DECODE_FROM_ROWS = 96
 
+RESERVED_BYTES = 1024  # of shared memory, per resident block
 SPLITS = (8, 4, 2, 1)
 _DECODE_CLOCKS = 180  # per warpgroup, 64 rows and 64 columns: counted instructions and their latencies
 _L2_BYTES_PER_CLOCK = 32  # per multiprocessor
@@ -94,7 +99,8 @@ def _mma_plan(m: int, n: int, k: int, gpu: Gpu) -> Plan | None:
     tile = next((tile for tile in fitting if tile.tokens >= m), fitting[-1])
     tasks = ceil(n / tile.rows) * ceil(m / tile.tokens)
     steps = ceil(k / (64 * tile.warps_along_k))
-    resident = gpu.multiprocessors * tile.blocks
+    fitting_blocks = gpu.shared_per_processor // (tile.shared + RESERVED_BYTES)
+    resident = gpu.multiprocessors * max(1, min(tile.blocks, fitting_blocks))
     split = next(split for split in SPLITS if split == 1 or (tasks * split <= resident and split <= steps))
     return Plan("mma", tokens=tile.tokens, split=split)
 

@@ -29,8 +29,12 @@ from bench.timing import Timing
 from olive.ops.gpu_dispatch import Gpu, Plan
 
 CPU = torch.device("cpu")
-H200 = Gpu(capability=90, multiprocessors=132, shared_per_block=232_448)
-SMALL = Gpu(capability=89, multiprocessors=128, shared_per_block=101_376)
+H200 = Gpu(
+    capability=90, multiprocessors=132, clusters=True, shared_per_block=232_448, shared_per_processor=233_472
+)
+SMALL = Gpu(
+    capability=89, multiprocessors=128, clusters=False, shared_per_block=101_376, shared_per_processor=102_400
+)
 
 
 def app(module: ModuleType) -> Any:

@@ -319,7 +319,10 @@ def test_bad_arguments_are_named() -> None:
             module.linear_mma(x.data_ptr(), 2, 3, 70, 2**33, 64, *pointers, 8, 1, 0)
         with pytest.raises(ValueError, match="m: expected at least 1, got 0"):
             module.linear_mma(x.data_ptr(), 2, 0, 70, 200, 64, *pointers, 8, 1, 0)
-    with cuda_on_cpu(capability=AMPERE), pytest.raises(ValueError, match=r"compute capability 9.0 for wgmma"):
-        run(WGMMA[0])
+    with cuda_on_cpu(capability=AMPERE) as module:
+        with pytest.raises(ValueError, match=r"compute capability 9.0 for wgmma"):
+            run(WGMMA[0])
+        with pytest.raises(ValueError, match="partial: expected a buffer, because blocks form no clusters"):
+            module.linear_mma(x.data_ptr(), *size, *pointers, 8, 2, 0)
     with cuda_on_cpu(shared_per_block=99 * 1024), pytest.raises(ValueError, match="tokens: expected a tile"):
         run(Plan("mma", tokens=64))

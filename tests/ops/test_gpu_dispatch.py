@@ -11,11 +11,11 @@ from olive.ops import gpu_dispatch
 from olive.ops.gpu_dispatch import Gpu, Plan, choose_linear
 from tests.cuda.module import NEEDS_COMPILER, emulated_cuda
 
-H200 = Gpu(90, 132, 227 * 1024)
-A100 = Gpu(80, 108, 163 * 1024)
-RTX4090 = Gpu(89, 128, 99 * 1024)
-B200 = Gpu(100, 148, 227 * 1024)
-TURING = Gpu(75, 68, 64 * 1024)
+H200 = Gpu(90, 132, True, 227 * 1024, 228 * 1024)
+A100 = Gpu(80, 108, False, 163 * 1024, 164 * 1024)
+RTX4090 = Gpu(89, 128, False, 99 * 1024, 100 * 1024)
+B200 = Gpu(100, 148, True, 227 * 1024, 228 * 1024)
+TURING = Gpu(75, 68, False, 64 * 1024, 64 * 1024)
 GPUS = (H200, A100, RTX4090, B200, TURING)
 TILES = {tile.tokens: tile for tile in gpu_dispatch.MMA_TILES}
 
@@ -53,7 +53,8 @@ def test_small_matrices_fill_the_gpu(m: int, gpu: Gpu) -> None:
     tile = TILES[plan.tokens]
     blocks = -(-4096 // tile.rows) * plan.split
     assert blocks >= gpu.multiprocessors // 2
-    assert blocks <= gpu.multiprocessors * tile.blocks
+    fitting = gpu.shared_per_processor // (tile.shared + gpu_dispatch.RESERVED_BYTES)
+    assert blocks <= gpu.multiprocessors * min(tile.blocks, fitting)
 
 
 def test_many_rows_take_wgmma_on_hopper_and_decoding_elsewhere() -> None:

@@ -109,6 +109,16 @@ inline unsigned __ballot_sync(unsigned, bool predicate) {
 }
 inline bool __any_sync(unsigned mask, bool predicate) { return __ballot_sync(mask, predicate) != 0; }
 
+// The bytes of b:a that the four selectors name.
+inline std::uint32_t __byte_perm(std::uint32_t a, std::uint32_t b, std::uint32_t selectors) {
+  const std::uint64_t bytes = static_cast<std::uint64_t>(b) << 32 | a;
+  std::uint32_t result = 0;
+  for (int i = 0; i < 4; ++i) {
+    result |= static_cast<std::uint32_t>(bytes >> (8 * (selectors >> (4 * i) & 7)) & 0xFF) << (8 * i);
+  }
+  return result;
+}
+
 inline int atomicOr(int* to, int value) {
   const int old = *to;
   *to |= value;
@@ -390,6 +400,9 @@ void wgmma_wait() {
     }
   });
 }
+
+template <int kCount>
+void hold(float (&)[kCount]) {}
 
 template <class T, int kColumns>
 void wgmma(float (&sum)[kColumns / 2], const std::uint32_t (&a)[4], std::uint64_t b, bool accumulate) {

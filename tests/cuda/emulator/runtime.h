@@ -7,7 +7,12 @@ namespace olive::cuda {
 
 inline Device current_device() {
   const auto& fake = emulator::fake_device;
-  return {0, fake.multiprocessors, fake.capability, fake.shared_per_block, fake.shared_per_block + 1024};
+  return {0,
+          fake.multiprocessors,
+          fake.capability,
+          fake.capability >= 90,
+          fake.shared_per_block,
+          fake.shared_per_block + 1024};
 }
 
 template <class... Parameters, class... Arguments>
