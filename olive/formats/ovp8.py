@@ -33,22 +33,20 @@ def _outlier_levels(device: torch.device) -> Tensor:
     return abfloat_magnitude(torch.arange(1, MAX_OUTLIER_CODE + 1, device=device)).float()
 
 
-def ovp8_encode(weight: Tensor, scale: Tensor, group_size: int, pairing: Pairing = "optimal") -> Tensor:
-    """Encode a weight with 8-bit outlier-victim pairs.
+def encode_pairs8(t: Tensor, pairing: Pairing) -> tuple[Tensor, Tensor]:
+    """Encode values in units of the scale, and say what it costs.
+
+    float32 arithmetic in this order on every backend, as in `PairTables`: error = (t - level)^2, pair error =
+    even error + odd error. Normals round to nearest, ties to even; between outliers ties go to the lower one.
 
     Args:
-        weight: float, [N, K], finite. An odd K is padded with one zero column.
-        scale: int16 bit patterns, rule bit 0, `scale_shape(N, K, group_size)`.
-        group_size: -1 per channel, 0 per tensor, else columns per group.
+        t: float32 [..., 2 P], values in units of the scale.
         pairing: "optimal": least squared error of the three candidates, ties to the earlier; "paper": the
             larger value past the normal range takes the pair.
 
     Returns:
-        uint8 [N, 2 ceil(K / 2)].
+        codes uint8 [..., 2 P] and the pair errors float32 [..., P] in squared units of the scale.
     """
-    rows, columns = weight.shape
-    value, _ = unpack_scale(expand_scale(scale, rows, columns, group_size))
-    t = pad_columns(weight.float(), 2) * (1.0 / value)
     magnitude = t.abs()
     levels = _outlier_levels(t.device)
     normal = torch.clamp(torch.round(t), -127, 127)
@@ -56,23 +54,41 @@ def ovp8_encode(weight: Tensor, scale: Tensor, group_size: int, pairing: Pairing
     as_normal = (t - normal) ** 2
     as_outlier = (magnitude - levels[outlier_index]) ** 2
     as_victim = magnitude**2
+    normal_normal = as_normal[..., 0::2] + as_normal[..., 1::2]
+    outlier_victim = as_outlier[..., 0::2] + as_victim[..., 1::2]
+    victim_outlier = as_victim[..., 0::2] + as_outlier[..., 1::2]
     if pairing == "optimal":
-        normal_normal = as_normal[:, 0::2] + as_normal[:, 1::2]
-        outlier_victim = as_outlier[:, 0::2] + as_victim[:, 1::2]
-        victim_outlier = as_victim[:, 0::2] + as_outlier[:, 1::2]
         even_out = (outlier_victim < normal_normal) & (outlier_victim <= victim_outlier)
         odd_out = (victim_outlier < normal_normal) & ~even_out
     else:
         past = magnitude > (127.0 + levels[0]) * 0.5
-        even_out = past[:, 0::2] & (~past[:, 1::2] | (magnitude[:, 0::2] >= magnitude[:, 1::2]))
-        odd_out = past[:, 1::2] & ~even_out
+        even_out = past[..., 0::2] & (~past[..., 1::2] | (magnitude[..., 0::2] >= magnitude[..., 1::2]))
+        odd_out = past[..., 1::2] & ~even_out
     normal_code = normal.to(torch.int8).view(torch.uint8)
     outlier_code = (outlier_index + 1).to(torch.uint8) | ((t < 0).to(torch.uint8) << 7)
-    low = torch.where(even_out, outlier_code[:, 0::2], normal_code[:, 0::2])
-    high = torch.where(odd_out, outlier_code[:, 1::2], normal_code[:, 1::2])
+    low = torch.where(even_out, outlier_code[..., 0::2], normal_code[..., 0::2])
+    high = torch.where(odd_out, outlier_code[..., 1::2], normal_code[..., 1::2])
     low = torch.where(odd_out, IDENTIFIER8, low).to(torch.uint8)
     high = torch.where(even_out, IDENTIFIER8, high).to(torch.uint8)
-    return torch.stack((low, high), dim=-1).flatten(-2)
+    error = torch.where(even_out, outlier_victim, torch.where(odd_out, victim_outlier, normal_normal))
+    return torch.stack((low, high), dim=-1).flatten(-2), error
+
+
+def ovp8_encode(weight: Tensor, scale: Tensor, group_size: int, pairing: Pairing = "optimal") -> Tensor:
+    """Encode a weight with 8-bit outlier-victim pairs.
+
+    Args:
+        weight: float, [N, K], finite. An odd K is padded with one zero column.
+        scale: int16 bit patterns, rule bit 0, `scale_shape(N, K, group_size)`.
+        group_size: -1 per channel, 0 per tensor, else columns per group.
+        pairing: see `encode_pairs8`.
+
+    Returns:
+        uint8 [N, 2 ceil(K / 2)].
+    """
+    rows, columns = weight.shape
+    value, _ = unpack_scale(expand_scale(scale, rows, columns, group_size))
+    return encode_pairs8(pad_columns(weight.float(), 2) * (1.0 / value), pairing)[0]
 
 
 def ovp8_decode_levels(codes: Tensor) -> Tensor:
@@ -146,3 +162,8 @@ def ovp8_validate(
             f"{name}.codes: expected valid outlier-victim pairs, got bytes 0x{low:02x} 0x{high:02x} "
             f"at [{row}, {2 * pair}]"
         )
+
+
+def outlier_pairs8(codes: Tensor) -> Tensor:
+    """Which pairs hold an outlier and its victim: bool [..., P] for codes uint8 [..., 2 P]."""
+    return (codes.unflatten(-1, (-1, 2)) == IDENTIFIER8).any(-1)

@@ -2,7 +2,13 @@
 
 import torch
 
-from olive.ops import autograd, reference, schemas  # noqa: F401  (registers)
+from olive.ops import (  # noqa: F401  (registers)
+    autograd,
+    reference,
+    reference_quantized,
+    schemas,
+    schemas_quantized,
+)
 from olive.ops.cpu import cpu_backend  # registers
 from olive.ops.gpu import gpu_backend, has_packed_layout  # registers
 
@@ -12,15 +18,25 @@ ovp_decode = torch.ops.olive.ovp_decode
 ovp_pack = torch.ops.olive.ovp_pack
 ovp_unpack = torch.ops.olive.ovp_unpack
 ovp_linear = torch.ops.olive.ovp_linear
+quantize_activations = torch.ops.olive.quantize_activations
+ovp_linear_quantized = torch.ops.olive.ovp_linear_quantized
+ovp8_quantize = torch.ops.olive.ovp8_quantize
+ovp8_decode = torch.ops.olive.ovp8_decode
+ovp8_linear = torch.ops.olive.ovp8_linear
 
 __all__ = [
     "cpu_backend",
     "gpu_backend",
     "has_packed_layout",
+    "ovp8_decode",
+    "ovp8_linear",
+    "ovp8_quantize",
     "ovp_decode",
     "ovp_encode",
     "ovp_linear",
+    "ovp_linear_quantized",
     "ovp_pack",
     "ovp_quantize",
     "ovp_unpack",
+    "quantize_activations",
 ]

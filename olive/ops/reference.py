@@ -7,6 +7,8 @@ decides alike.
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
 
@@ -48,10 +50,42 @@ def ordered_sum(pairs: Tensor) -> Tensor:
     return total
 
 
-def _group_sum(pairs: Tensor, per_tensor: bool) -> Tensor:
+def group_sum(pairs: Tensor, per_tensor: bool) -> Tensor:
     """One sum per group of [groups, P]; for a per-tensor scale, rows are added in float64, first to last."""
     sums = ordered_sum(pairs)
     return sums.cumsum(0)[-1:] if per_tensor else sums
+
+
+class GroupStatistics(NamedTuple):
+    """What a scale search starts from, one entry per group."""
+
+    values: Tensor  # float32 [rows x groups, width], padded with zeros
+    largest: Tensor  # float32 [groups]: max|w|
+    three_sigma: Tensor  # float32 [groups]: three times the root mean square
+    energy: Tensor  # float64 [groups]: sum of squares
+
+
+def group_statistics(weight: Tensor, group_size: int) -> GroupStatistics:
+    """A weight [N, K] as groups, with their largest magnitudes and root mean squares.
+
+    Raises:
+        ValueError: NaN or Inf in it.
+    """
+    rows, columns = weight.shape
+    per_tensor = group_size == PER_TENSOR
+    groups = groups_per_row(columns, group_size)
+    width = columns + columns % 2 if group_size <= 0 else group_size
+    values = pad_columns(weight.float(), width).reshape(-1, width)
+    if not bool(torch.isfinite(values).all()):
+        raise ValueError("weight: expected finite values, got NaN or Inf")
+    largest = values.abs().amax() if per_tensor else values.abs().amax(dim=1)
+    squares = values * values
+    energy = group_sum(squares[:, 0::2] + squares[:, 1::2], per_tensor)
+    counts = torch.full((groups,), width, dtype=torch.float64, device=weight.device)
+    counts[-1] = columns - (groups - 1) * width if group_size > 0 else columns
+    counts = counts * rows if per_tensor else counts.repeat(rows)
+    three_sigma = (3.0 * torch.sqrt(energy / counts)).float()
+    return GroupStatistics(values, largest.reshape(-1), three_sigma, energy)
 
 
 def ovp_quantize_reference(
@@ -93,23 +127,13 @@ def ovp_quantize_reference(
     schemas.check_values(codebook, pair_grid, importance)
     per_tensor = group_size == PER_TENSOR
     groups = groups_per_row(columns, group_size)
-    width = columns + columns % 2 if group_size <= 0 else group_size
-    values = pad_columns(weight.float(), width).reshape(-1, width)
-    if not bool(torch.isfinite(values).all()):
-        raise ValueError("weight: expected finite values, got NaN or Inf")
+    values, largest, three_sigma, energy = group_statistics(weight, group_size)
     weights = None
     if importance is not None:
+        width = values.shape[1]
         weights = pad_columns(importance[None], width).reshape(-1, width).repeat(rows, 1)
-
-    largest = values.abs().amax() if per_tensor else values.abs().amax(dim=1)
-    squares = values * values
-    energy = _group_sum(squares[:, 0::2] + squares[:, 1::2], per_tensor)
-    counts = torch.full((groups,), width, dtype=torch.float64, device=weight.device)
-    counts[-1] = columns - (groups - 1) * width if group_size > 0 else columns
-    counts = counts * rows if per_tensor else counts.repeat(rows)
-    three_sigma = (3.0 * torch.sqrt(energy / counts)).float()
-    pair_base = torch.minimum(largest.reshape(-1), three_sigma) / float(book.normal[7])
-    plain_base = largest.reshape(-1) / float(max(book.plain[15], 1))
+    pair_base = torch.minimum(largest, three_sigma) / float(book.normal[7])
+    plain_base = largest / float(max(book.plain[15], 1))
 
     tables = PairTables(book, weight.device)
     best = torch.full_like(energy, float("inf"))
@@ -124,7 +148,7 @@ def ovp_quantize_reference(
             pairs = tables.encode_plain(t, weights)[1]
         else:
             pairs = tables.encode_pair_rule(t, pairing, weights)[1]
-        error = _group_sum(pairs, per_tensor) * (scale.double() * scale.double())
+        error = group_sum(pairs, per_tensor) * (scale.double() * scale.double())
         better = error < best
         best = torch.where(better, error, best)
         best_scale = torch.where(better, scale, best_scale)
@@ -136,7 +160,7 @@ def ovp_quantize_reference(
         for multiple in plain_grid:
             attempt(plain_base, multiple, plain=True)
             attempt(plain_base, -multiple, plain=True)
-    zero = largest.reshape(-1) < TINY
+    zero = largest < TINY
     best_scale = torch.where(zero, 1.0, best_scale)
     best_plain = best_plain & ~zero
     scale = pack_scale(best_scale, best_plain).reshape(1 if per_tensor else rows, groups)

@@ -40,38 +40,44 @@ library.define(
 )
 
 
-def _check_tensor(name: str, tensor: Tensor, dtype: torch.dtype, shape: tuple[int, ...]) -> None:
+def check_tensor(name: str, tensor: Tensor, dtype: torch.dtype, shape: tuple[int, ...]) -> None:
+    """Check type and shape."""
     if tensor.dtype != dtype:
         raise TypeError(f"{name}: expected {dtype}, got {tensor.dtype}")
     if tuple(tensor.shape) != shape:
         raise ValueError(f"{name}: expected shape {shape}, got {tuple(tensor.shape)}")
 
 
-def _check_float(name: str, tensor: Tensor) -> None:
+def check_float(name: str, tensor: Tensor) -> None:
+    """Check that a tensor is of a float type that kernels take."""
     if tensor.dtype not in FLOATS:
         raise TypeError(f"{name}: expected float32, bfloat16 or float16, got {tensor.dtype}")
 
 
-def _check_device(**tensors: Tensor | None) -> None:
+def check_device(**tensors: Tensor | None) -> None:
+    """Check that all tensors are on one device."""
     devices = {name: tensor.device for name, tensor in tensors.items() if tensor is not None}
     if len(set(devices.values())) > 1:
         found = ", ".join(f"{name} on {device}" for name, device in devices.items())
         raise ValueError(f"{next(iter(devices))}: expected every tensor on one device, got {found}")
 
 
-def _check_weight(weight: Tensor) -> tuple[int, int]:
-    _check_float("weight", weight)
+def check_weight(weight: Tensor) -> tuple[int, int]:
+    """Check a float weight and return (N, K)."""
+    check_float("weight", weight)
     if weight.dim() != 2 or 0 in weight.shape:
         raise ValueError(f"weight: expected shape [N, K] with N, K >= 1, got {tuple(weight.shape)}")
     return (int(weight.shape[0]), int(weight.shape[1]))
 
 
-def _check_pairing(pairing: str) -> None:
+def check_pairing(pairing: str) -> None:
+    """Check the name of a pair rule."""
     if pairing not in PAIRINGS:
         raise ValueError(f"pairing: expected 'optimal' or 'paper', got {pairing!r}")
 
 
-def _check_grid(name: str, grid: list[float]) -> None:
+def check_grid(name: str, grid: list[float]) -> None:
+    """Check multiples of a scale."""
     if not all(0 < multiple < float("inf") for multiple in grid):
         raise ValueError(f"{name}: expected positive finite multiples, got {grid}")
 
@@ -86,17 +92,17 @@ def check_quantize(
     importance: Tensor | None,
 ) -> tuple[int, int]:
     """Check the arguments of `ovp_quantize` (not their values) and return (N, K)."""
-    rows, columns = _check_weight(weight)
-    _check_tensor("codebook", codebook, torch.int8, (32,))
+    rows, columns = check_weight(weight)
+    check_tensor("codebook", codebook, torch.int8, (32,))
     check_group_size(group_size)
-    _check_pairing(pairing)
-    _check_grid("pair_grid", pair_grid)
-    _check_grid("plain_grid", plain_grid)
+    check_pairing(pairing)
+    check_grid("pair_grid", pair_grid)
+    check_grid("plain_grid", plain_grid)
     if not pair_grid and not plain_grid:
         raise ValueError("pair_grid: expected at least one multiple in pair_grid or plain_grid, got none")
     if importance is not None:
-        _check_tensor("importance", importance, torch.float32, (columns,))
-    _check_device(weight=weight, codebook=codebook, importance=importance)
+        check_tensor("importance", importance, torch.float32, (columns,))
+    check_device(weight=weight, codebook=codebook, importance=importance)
     return rows, columns
 
 
@@ -115,12 +121,12 @@ def check_encode(
     weight: Tensor, scale: Tensor, codebook: Tensor, group_size: int, pairing: str
 ) -> tuple[int, int]:
     """Check the arguments of `ovp_encode` and return (N, K)."""
-    rows, columns = _check_weight(weight)
+    rows, columns = check_weight(weight)
     check_group_size(group_size)
-    _check_pairing(pairing)
-    _check_tensor("scale", scale, torch.int16, scale_shape(rows, columns, group_size))
-    _check_tensor("codebook", codebook, torch.int8, (32,))
-    _check_device(weight=weight, scale=scale, codebook=codebook)
+    check_pairing(pairing)
+    check_tensor("scale", scale, torch.int16, scale_shape(rows, columns, group_size))
+    check_tensor("codebook", codebook, torch.int8, (32,))
+    check_device(weight=weight, scale=scale, codebook=codebook)
     return rows, columns
 
 
@@ -152,14 +158,14 @@ def check_stored(
     if rows < 1 or columns < 1:
         raise ValueError(f"out_features, in_features: expected at least 1, got {rows}, {columns}")
     if codes.dim() == 3:
-        _check_tensor("codes", codes, torch.uint8, layout.codes_shape(rows, columns, group_size))
-        _check_tensor("scale", scale, torch.int16, layout.scale_shape(rows, columns, group_size))
+        check_tensor("codes", codes, torch.uint8, layout.codes_shape(rows, columns, group_size))
+        check_tensor("scale", scale, torch.int16, layout.scale_shape(rows, columns, group_size))
     else:
-        _check_tensor("codes", codes, torch.uint8, codes_shape(rows, columns))
-        _check_tensor("scale", scale, torch.int16, scale_shape(rows, columns, group_size))
+        check_tensor("codes", codes, torch.uint8, codes_shape(rows, columns))
+        check_tensor("scale", scale, torch.int16, scale_shape(rows, columns, group_size))
     if codebook is not None:
-        _check_tensor("codebook", codebook, torch.int8, (32,))
-    _check_device(codes=codes, scale=scale, codebook=codebook)
+        check_tensor("codebook", codebook, torch.int8, (32,))
+    check_device(codes=codes, scale=scale, codebook=codebook)
 
 
 def check_decode(
@@ -184,14 +190,14 @@ def check_linear(
     layout: PackedLayout | None = None,
 ) -> None:
     """Check the arguments of `ovp_linear`; packed codes are in `layout`, by default that of their device."""
-    _check_float("input", input)
+    check_float("input", input)
     if input.dim() == 0:
         raise ValueError("input: expected shape [..., K], got a scalar")
     check_stored(codes, scale, codebook, out_features, int(input.shape[-1]), group_size, layout)
     if bias is not None:
-        _check_float("bias", bias)
-        _check_tensor("bias", bias, bias.dtype, (out_features,))
-    _check_device(input=input, codes=codes, bias=bias)
+        check_float("bias", bias)
+        check_tensor("bias", bias, bias.dtype, (out_features,))
+    check_device(input=input, codes=codes, bias=bias)
 
 
 @torch.library.register_fake("olive::ovp_quantize", lib=library)
