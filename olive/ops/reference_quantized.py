@@ -22,6 +22,7 @@ from olive.formats.ovp8 import encode_pairs8, ovp8_decode, ovp8_decode_levels, o
 from olive.formats.scales import TINY, pack_scale, round_scale, unpack_scale
 from olive.ops import schemas_quantized as schemas
 from olive.ops.reference import group_statistics, group_sum, ovp_quantize_reference, ovp_unpack_reference
+from olive.ops.rounding import fused_multiply_add
 from olive.ops.schemas import library
 
 
@@ -38,8 +39,8 @@ def quantize_activations_reference(
 
     Dynamic scales: "int8" takes max|x| / 127; "ovp4" and "ovp8" try `DYNAMIC_PAIR_GRID`,
     `DYNAMIC_PLAIN_GRID` and `DYNAMIC_OVP8_GRID` as `ovp_quantize` and `ovp8_quantize` do with weights, whose
-    rows tokens are here. Groups below 2^-60 become zeros with scale 1. A group with NaN or Inf gets levels 0 and
-    scale NaN; with a static scale, a row.
+    rows tokens are here. Groups below 2^-60 become zeros with scale 1. A group with NaN or Inf gets levels 0
+    and scale NaN; with a static scale, a row.
 
     Args:
         input: float32, bfloat16 or float16 [..., K].
@@ -133,9 +134,11 @@ def ovp_linear_quantized_reference(
 ) -> Tensor:
     """y = x W^T + bias with x quantized first and integer products: W4A8 ("int8") and W4A4 ("ovp4").
 
-    For every run of columns under one scale of each (`integer_block`), S = sum of level_x x level_w, exact;
-    then, in float32 with one rounding each, total = total + S x (scale_x x scale_w), first run to last; the
-    bias is added, and the result rounded to the input's dtype.
+    For every run of columns under one scale of each (`integer_block`), S = sum of level_x x level_w, exact.
+    Runs are added first to last in float32, with one fused multiply-add each. One scale per row of x:
+    total = fma(S, scale_w, total), and in the end total x scale_x. One per row and group:
+    total = fma(S, scale_x x scale_w, total). Then the bias is added, and the result rounded to the input's
+    dtype.
 
     Args:
         input: float32, bfloat16 or float16 [..., K].
@@ -178,9 +181,12 @@ def ovp_linear_quantized_reference(
     total = torch.zeros(len(x), out_features, device=input.device)
     for first in range(0, columns, width):
         sums = x[:, first : first + width] @ w[:, first : first + width].T  # integers below 2^31: exact
-        of_x = scale_x[:, 0 if activation_group_size <= 0 else first // activation_group_size]
-        of_w = value[:, 0 if group_size <= 0 else first // group_size]
-        total = total + sums.float() * (of_x[:, None] * of_w)
+        factor = value[:, 0 if group_size <= 0 else first // group_size]
+        if activation_group_size > 0:
+            factor = scale_x[:, first // activation_group_size, None] * factor
+        total = fused_multiply_add(sums.float(), factor, total)
+    if activation_group_size <= 0:
+        total = total * scale_x
     if bias is not None:
         total = total + bias.float()
     return total.to(input.dtype).reshape(*input.shape[:-1], out_features)
@@ -191,8 +197,8 @@ def ovp8_quantize_reference(
 ) -> tuple[Tensor, Tensor]:
     """Search a scale per group for the least squared error, and encode with 8-bit outlier-victim pairs.
 
-    Candidates are min(max|w|, multiple x 3 sigma) / 127, rounded to the stored form; the least error wins, the
-    earlier one on a tie. Sums, sigma and zeros are those of `ovp_quantize`.
+    Candidates are min(max|w|, multiple x 3 sigma) / 127, rounded to the stored form; the least error wins,
+    the earlier one on a tie. Sums, sigma and zeros are those of `ovp_quantize`.
 
     Args:
         weight: float [N, K], finite.

@@ -126,8 +126,8 @@ def check_linear_quantized(
     terms = integer_block(columns, group_size, activation_group_size)
     if terms > MAX_INT32_TERMS:
         raise ValueError(
-            f"in_features: expected at most {MAX_INT32_TERMS} columns under one scale, got {terms}: the sum of "
-            f"their products could pass an int32; use groups of 32, 64 or 128 for weights or activations"
+            f"in_features: expected at most {MAX_INT32_TERMS} columns under one scale, got {terms}: the sum "
+            f"of their products could pass an int32; use groups of 32, 64 or 128 for weights or activations"
         )
     return columns
 
