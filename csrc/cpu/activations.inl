@@ -31,7 +31,8 @@ inline void convert_block(const Activations& to, const float* values, int64_t ro
   }
   const int exponent = static_cast<int>(float_to_bits(reduce_max(most)) >> 23);
   const bool zero = exponent < kMinExponent || any(bad);
-  const int shift = to.wide ? 21 : 13;
+  const bool wide = to.digits == 3;
+  const int shift = wide ? 21 : 13;
   const float multiple = zero ? 0.0f : bits_to_float(static_cast<uint32_t>(254 + shift - exponent) << 23);
   const int64_t index = to.index(row, block);
   to.scale[index] = any(bad) ? __builtin_nanf("")
@@ -39,11 +40,11 @@ inline void convert_block(const Activations& to, const float* values, int64_t ro
                              : bits_to_float(static_cast<uint32_t>(exponent - shift) << 23);
   I16 sum = {}, rest_sum = {};
   for (int i = 0; i < to.block; i += kLanes) {
-    const int64_t at = to.digits(row, block) + i;
+    const int64_t at = to.at(row, block) + i;
     F16 scaled = load<F16>(values + i) * multiple;
     if (any(bad)) scaled = F16{};  // NaN x 0 is NaN
     I16 q = even_first(round_to_int(scaled)), rest = {};
-    if (to.wide) {
+    if (wide) {
       const I16 high = (q + 128) >> 8;
       rest = q - (high << 8);
       q = high;
@@ -52,19 +53,19 @@ inline void convert_block(const Activations& to, const float* values, int64_t ro
     sum += q;
     if (to.words != nullptr) {
       store(to.words + at, __builtin_convertvector(q, S16));
-      if (to.wide) store(to.rest + at, __builtin_convertvector(rest, S16));
+      if (wide) store(to.rest + at, __builtin_convertvector(rest, S16));
     } else {
       const I16 high = (q + 128) >> 8;
       store(to.high + at, __builtin_convertvector(high, B16));
       store(to.low + at, __builtin_convertvector(q - (high << 8), B16));
-      if (to.wide) store(to.rest8 + at, __builtin_convertvector(rest, B16));
+      if (wide) store(to.rest8 + at, __builtin_convertvector(rest, B16));
     }
   }
   int32_t total = 0, rest_total = 0;
   for (int i = 0; i < kLanes; ++i) total += sum[i], rest_total += rest_sum[i];
   if (to.words != nullptr) return;
   to.offset[index] = -kOffset * total;
-  if (to.wide) to.rest_offset[index] = -kOffset * rest_total;
+  if (wide) to.rest_offset[index] = -kOffset * rest_total;
 }
 
 void convert_rows(const Activations& to, const void* x, Float type, int64_t k, int64_t begin, int64_t end) {

@@ -1,9 +1,11 @@
-// AMX: tdpbsud multiplies 16 activation rows with 16 weight rows, 64 columns per instruction.
+// AMX: tdpbssd and tdpbsud multiply 16 activation rows with 16 weight rows, 64 columns per instruction.
 //
 // Tiles are 16 x 64 bytes. Per block of columns and 32 weight rows: high and low digits (and float32's third digit)
 // each get their own int32 tiles, which are stored, combined and added to the float32 sums after every block, because
 // each block has its own scales. With blocks of 128 that is 8 products (128 clocks of the unit) beside about 256 vector
 // instructions on other ports.
+// Levels are one digit: 32 activation rows at a time, so that each loaded tile is used twice. Weights are signed bytes
+// then, and need no offset. A block of 128 again is 8 products, beside 64 sums of five vector instructions.
 #include "cpu/lanes.h"
 
 namespace olive {
@@ -30,17 +32,17 @@ struct alignas(64) TileConfig {
 };
 static_assert(sizeof(TileConfig) == 64, "as the instruction reads it");
 
+// Levels: tiles 0..3 sums, 4 and 5 activation rows, 6 and 7 the two row blocks.
 // bfloat16 and float16: tiles 0..3 sums, 4 and 5 high and low digits, 6 and 7 the two row blocks.
 // float32: tiles 0..5 sums, 6 a digit, 7 a row block.
 // Sums are 16 x 16 int32; digits 16 rows of `depth` bytes; weights depth / 4 rows of 16 x 4 bytes.
-template <bool kWide>
-inline void configure(int depth) {
+inline void configure(int digits, int depth) {
   TileConfig config = {};
   config.palette = 1;
   for (int tile = 0; tile < 8; ++tile) {
-    const bool digits = kWide ? tile == 6 : tile == 4 || tile == 5;
-    const bool weights = kWide ? tile == 7 : tile >= 6;
-    config.bytes_per_row[tile] = static_cast<uint16_t>(digits ? depth : kVectorBytes);
+    const bool activations = digits == 3 ? tile == 6 : tile == 4 || tile == 5;
+    const bool weights = digits == 3 ? tile == 7 : tile >= 6;
+    config.bytes_per_row[tile] = static_cast<uint16_t>(activations ? depth : kVectorBytes);
     config.rows[tile] = static_cast<uint8_t>(weights ? depth / 4 : kTile);
   }
   asm volatile("" ::: "memory");  // gcc 12 knows of 8 of the 64 bytes that the next instruction reads
@@ -48,10 +50,37 @@ inline void configure(int depth) {
 }
 
 struct Sums {
-  alignas(64) int32_t tile[6][kTile][kTile];  // [digit * 2 + row block]
+  alignas(64) int32_t tile[6][kTile][kTile];  // [digit * 2 + row block]; levels: [activation tile * 2 + row block]
 };
 
 constexpr int kNextRowBlock = kMaxBlock * kPackRows;  // bytes between the row blocks of a decoded panel
+
+inline void multiply_levels(const Activations& x, const uint8_t* levels, int64_t at, int depth, bool second,
+                            Sums* sums) {
+  _tile_zero(0);
+  _tile_zero(1);
+  _tile_zero(2);
+  _tile_zero(3);
+  const int8_t* rows = x.low + at;
+  for (int k = 0; k < x.block; k += depth) {
+    const uint8_t* weights = levels + k * kPackRows;
+    _tile_loadd(4, rows + k, x.block);
+    _tile_loadd(6, weights, kVectorBytes);
+    _tile_dpbssd(0, 4, 6);
+    _tile_loadd(7, weights + kNextRowBlock, kVectorBytes);
+    _tile_dpbssd(1, 4, 7);
+    if (second) {
+      _tile_loadd(5, rows + k + kTile * x.block, x.block);
+      _tile_dpbssd(2, 5, 6);
+      _tile_dpbssd(3, 5, 7);
+    }
+  }
+  _tile_stored(0, sums->tile[0], kVectorBytes);
+  _tile_stored(1, sums->tile[1], kVectorBytes);
+  if (!second) return;
+  _tile_stored(2, sums->tile[2], kVectorBytes);
+  _tile_stored(3, sums->tile[3], kVectorBytes);
+}
 
 inline void multiply_15(const Activations& x, const uint8_t* levels, int64_t at, int depth, Sums* sums) {
   _tile_zero(0);
@@ -106,15 +135,29 @@ inline void multiply_23(const Activations& x, const uint8_t* levels, int64_t at,
   _tile_stored(5, sums->tile[5], kVectorBytes);
 }
 
-template <bool kWide>
+// The sums of one activation row with one row block, from the tiles.
+template <int kDigits>
+inline F16 add_sums(const Activations& x, const Sums& sums, int64_t index, int row, int n, F16 scale_w, F16 total) {
+  if constexpr (kDigits == 1) {
+    const I16 sum = load<I16>(sums.tile[row / kTile * kPanel + n][row % kTile]);
+    return accumulate(x, total, sum, I16{}, x.scale[index], scale_w);
+  }
+  const I16 s15 = combine_s15(load<I16>(sums.tile[n][row]), load<I16>(sums.tile[kPanel + n][row]) + x.offset[index]);
+  I16 rest = {};
+  if (kDigits == 3) rest = load<I16>(sums.tile[2 * kPanel + n][row]) + x.rest_offset[index];
+  return accumulate(x, total, s15, rest, x.scale[index], scale_w);
+}
+
+template <int kDigits>
 inline void linear_amx(const Linear& problem, int64_t m_begin, int64_t m_end, int64_t begin, int64_t end) {
+  constexpr int kStep = kDigits == 1 ? 2 * kTile : kTile;  // activation rows multiplied together
   const Activations& x = problem.x;
-  const Decoder512 decoder(problem.book, kOffset);
+  const Decoder512 decoder(problem.book, kDigits == 1 ? 0 : kOffset);
   const int depth = x.block < kVectorBytes ? x.block : kVectorBytes;
   alignas(64) uint8_t levels[kPanel * kMaxBlock * kPackRows] = {};
   F16 total[kPanel * kTileRows], scale_w[kPanel] = {};
   Sums sums;
-  configure<kWide>(depth);
+  configure(kDigits, depth);
   for (int64_t row_block = begin; row_block < end; row_block += kPanel) {
     const int count = end - row_block < kPanel ? 1 : kPanel;
     __builtin_memset(total, 0, sizeof(total));
@@ -125,19 +168,16 @@ inline void linear_amx(const Linear& problem, int64_t m_begin, int64_t m_end, in
         const uint8_t* next = next_codes(problem, row_block + i, block);
         for (int at = 0; at < x.block * kPackRows / 2; at += kVectorBytes) prefetch(next + at);
       }
-      for (int64_t m = m_begin; m < m_end; m += kTile) {
-        const int64_t at = x.digits(m, block);
-        kWide ? multiply_23(x, levels, at, depth, &sums) : multiply_15(x, levels, at, depth, &sums);
-        const int rows = m_end - m < kTile ? static_cast<int>(m_end - m) : kTile;
+      for (int64_t m = m_begin; m < m_end; m += kStep) {
+        const int64_t at = x.at(m, block);
+        const int rows = m_end - m < kStep ? static_cast<int>(m_end - m) : kStep;
+        if constexpr (kDigits == 1) multiply_levels(x, levels, at, depth, rows > kTile, &sums);
+        if constexpr (kDigits == 2) multiply_15(x, levels, at, depth, &sums);
+        if constexpr (kDigits == 3) multiply_23(x, levels, at, depth, &sums);
         for (int i = 0; i < rows; ++i) {
-          const int64_t index = x.index(m + i, block);
           for (int n = 0; n < count; ++n) {
-            const I16 s15 =
-                combine_s15(load<I16>(sums.tile[n][i]), load<I16>(sums.tile[kPanel + n][i]) + x.offset[index]);
-            I16 rest = {};
-            if (kWide) rest = load<I16>(sums.tile[2 * kPanel + n][i]) + x.rest_offset[index];
             F16& sum = total[n * kTileRows + (m - m_begin) + i];
-            sum = accumulate(sum, s15, rest, kWide, x.scale[index], scale_w[n]);
+            sum = add_sums<kDigits>(x, sums, x.index(m + i, block), i, n, scale_w[n], sum);
           }
         }
       }
@@ -152,14 +192,10 @@ inline void linear_amx(const Linear& problem, int64_t m_begin, int64_t m_end, in
 }
 
 void linear(const Linear& problem, int64_t m_begin, int64_t m_end, int64_t begin, int64_t end) {
-  const bool few = m_end - m_begin <= kFewRows;
-  if (problem.x.wide) {
-    few ? linear_vnni<true>(problem, m_begin, m_end, begin, end)
-        : linear_amx<true>(problem, m_begin, m_end, begin, end);
-  } else {
-    few ? linear_vnni<false>(problem, m_begin, m_end, begin, end)
-        : linear_amx<false>(problem, m_begin, m_end, begin, end);
-  }
+  if (m_end - m_begin <= kFewRows) return linear_vnni(problem, m_begin, m_end, begin, end);
+  if (problem.x.digits == 1) return linear_amx<1>(problem, m_begin, m_end, begin, end);
+  if (problem.x.digits == 2) return linear_amx<2>(problem, m_begin, m_end, begin, end);
+  linear_amx<3>(problem, m_begin, m_end, begin, end);
 }
 
 }  // namespace

@@ -42,8 +42,30 @@ struct LinearArguments {
   Codebook book;
   const void* bias;  // [N], nullptr = no bias
   Float bias_type;
-  void* out;  // [M, N], x's type
+  void* out;                            // [M, N], x's type
+  const ActivationFormat* activations;  // ovp_linear_quantized; nullptr = x as it is
 };
 void ovp_linear(Isa isa, const LinearArguments& arguments);
+
+void quantize_activations(Isa isa, const ActivationSource& source, const LevelTarget& target);
+
+// Weights of eight bits: codes uint8 [N, 2 ceil(K / 2)], canonical.
+QuantizeResult ovp8_quantize(Isa isa, const Weight& weight, const Search& search, uint8_t* codes, int16_t* scale);
+
+void ovp8_decode(Isa isa, const uint8_t* codes, const int16_t* scale, int64_t n, int64_t k, int group_size, void* out,
+                 Float type);
+
+struct Linear8Arguments {
+  const void* x;  // [M, K]
+  Float x_type;
+  int64_t m, n, k;
+  int group_size;
+  const uint8_t* codes;
+  const int16_t* scale;
+  const void* bias;  // [N], nullptr = no bias
+  Float bias_type;
+  void* out;  // [M, N], x's type
+};
+void ovp8_linear(Isa isa, const Linear8Arguments& arguments);
 
 }  // namespace olive

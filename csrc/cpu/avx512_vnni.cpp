@@ -15,20 +15,12 @@ namespace {
 
 #include "cpu/linear_vnni.inl"
 
-void linear(const Linear& problem, int64_t m_begin, int64_t m_end, int64_t begin, int64_t end) {
-  if (problem.x.wide) {
-    linear_vnni<true>(problem, m_begin, m_end, begin, end);
-  } else {
-    linear_vnni<false>(problem, m_begin, m_end, begin, end);
-  }
-}
-
 }  // namespace
 
 Kernels kernels() {
   Kernels set = avx512::kernels();  // encode and decode gain nothing from VNNI
   set.convert_rows = convert_rows;
-  set.linear = linear;
+  set.linear = linear_vnni;
   set.bytes = true;
   return set;
 }

@@ -292,6 +292,37 @@ inline void encode_pairs(const Pairs& pairs, const Tables& tables, int16_t store
 
 inline int64_t group_width(const Weight& weight) { return weight.group_size <= 0 ? weight.k : weight.group_size; }
 
+inline float three_sigma_of(double energy, int64_t columns) {
+  return static_cast<float>(3.0 * __builtin_sqrt(energy / static_cast<double>(columns)));
+}
+
+// The stored scale of least error for one group of so many columns; false = a value is not finite.
+inline bool search_group(const Pairs& pairs, const Tables& tables, const Codebook& book, const Search& search,
+                         int64_t columns, int16_t* best) {
+  float largest;
+  double energy;
+  if (!statistics(pairs, &largest, &energy)) return false;
+  *best = pack_scale(1.0f, false);
+  if (largest < kTiny) return true;
+  const float three_sigma = three_sigma_of(energy, columns);
+  const float pair_base = (largest < three_sigma ? largest : three_sigma) / book.normal[7];
+  const float plain_base = largest / (book.plain[15] > 1 ? book.plain[15] : 1);
+  double least = __builtin_inf();
+  const auto keep = [&](int, float value, bool plain, double error) {
+    const double absolute_error = error * (static_cast<double>(value) * static_cast<double>(value));
+    if (absolute_error < least) {
+      least = absolute_error;
+      *best = pack_scale(value, plain);
+    }
+  };
+  if (search.importance != nullptr) {
+    for_each_candidate<true>(pairs, tables, search, book.has_plain, pair_base, plain_base, keep);
+  } else {
+    for_each_candidate<false>(pairs, tables, search, book.has_plain, pair_base, plain_base, keep);
+  }
+  return true;
+}
+
 bool search_rows(const Weight& weight, const Codebook& book, const Search& search, int64_t begin, int64_t end,
                  uint8_t* codes, int16_t* scale) {
   const Tables tables = make_tables(book);
@@ -301,28 +332,8 @@ bool search_rows(const Weight& weight, const Codebook& book, const Search& searc
     for (int64_t group = 0; group < groups; ++group) {
       const int64_t first = group * width, last = first + width < weight.k ? first + width : weight.k;
       const Pairs pairs = load_pairs(weight, search.importance, row, first, last, buffer);
-      float largest;
-      double energy;
-      if (!statistics(pairs, &largest, &energy)) return false;
-      int16_t best = pack_scale(1.0f, false);
-      if (largest >= kTiny) {
-        const float three_sigma = static_cast<float>(3.0 * __builtin_sqrt(energy / static_cast<double>(last - first)));
-        const float pair_base = (largest < three_sigma ? largest : three_sigma) / book.normal[7];
-        const float plain_base = largest / (book.plain[15] > 1 ? book.plain[15] : 1);
-        double least = __builtin_inf();
-        const auto keep = [&](int, float value, bool plain, double error) {
-          const double absolute_error = error * (static_cast<double>(value) * static_cast<double>(value));
-          if (absolute_error < least) {
-            least = absolute_error;
-            best = pack_scale(value, plain);
-          }
-        };
-        if (search.importance != nullptr) {
-          for_each_candidate<true>(pairs, tables, search, book.has_plain, pair_base, plain_base, keep);
-        } else {
-          for_each_candidate<false>(pairs, tables, search, book.has_plain, pair_base, plain_base, keep);
-        }
-      }
+      int16_t best;
+      if (!search_group(pairs, tables, book, search, last - first, &best)) return false;
       scale[row * groups + group] = best;
       encode_pairs(pairs, tables, best, search.paper_pairing, (last - first + 1) / 2,
                    codes + row * weight.pairs() + first / 2);

@@ -21,36 +21,40 @@ constexpr int kOffset = 128;  // byte kernels hold a weight as the unsigned byte
 
 // One weight [N, K] and its activations [M, K], packed for the kernels.
 //
-// Activations are block fixed-point numbers: per row and block of columns, x ~ q * scale with the scale a power of
-// two. bfloat16 and float16 take q of 15 bits, |q| <= 2^14; float32 takes 23 bits, q = 256 * q15 + rest. q15 is held
-// as one 16-bit word, or as two signed bytes, q15 = 256 * high + low; `rest` likewise as a word or a byte.
-// In every run of 8 columns the even ones come first: 0 2 4 6 1 3 5 7, as the nibbles of a packed vector decode.
-// Digits are laid out [blocks, padded, block]: rows that are multiplied together are neighbours. (Rows K bytes apart
-// would share the sets of the first-level cache whenever K is a multiple of 4096.)
+// Activations are integers. Quantized ones are int8 levels: one digit. Others are block fixed-point numbers: per row
+// and block of columns, x ~ q * scale with the scale a power of two. bfloat16 and float16 take q of 15 bits,
+// |q| <= 2^14: two digits; float32 takes 23 bits, q = 256 * q15 + rest: three. q15 is held as one 16-bit word, or as
+// two signed bytes, q15 = 256 * high + low; `rest` likewise as a word or a byte; a level as a word, or as `low`. In
+// every run of 8 columns the even ones come first: 0 2 4 6 1 3 5 7, as the nibbles of a packed vector decode. Digits
+// are laid out [blocks, padded, block]: rows that are multiplied together are neighbours. (Rows K bytes apart would
+// share the sets of the first-level cache whenever K is a multiple of 4096.)
 struct Activations {
   int64_t rows;          // M
   int64_t padded;        // rows allocated: M, or a multiple of 16 for tiles
   int64_t columns;       // K padded to whole blocks
   int block;             // columns per block: 32, 64 or 128
-  bool wide;             // 23-bit numbers
-  int16_t* words;        // q15, word kernels
-  int16_t* rest;         // word kernels, wide only
-  int8_t* high;          // byte kernels
+  int digits;            // 1: levels, 2: 15 bits, 3: 23 bits
+  bool one_sum;          // levels with one scale per row, and one scale per row of the weight: sums go over all of K
+  int16_t* words;        // word kernels: q15 or level
+  int16_t* rest;         // word kernels, 3 digits
+  int8_t* high;          // byte kernels, 2 and 3 digits
   int8_t* low;           // byte kernels
-  int8_t* rest8;         // byte kernels, wide only
-  float* scale;          // [blocks, padded]
+  int8_t* rest8;         // byte kernels, 3 digits
+  float* scale;          // [blocks, padded]; 1 where there is a row_scale
+  float* row_scale;      // [padded] levels with one scale per row: applied in the end; else nullptr
   int32_t* offset;       // [blocks, padded] byte kernels: -128 * sum of q15, which takes off what weights + 128 add
-  int32_t* rest_offset;  // [blocks, padded] likewise of rest; wide only
+  int32_t* rest_offset;  // [blocks, padded] likewise of rest; 3 digits
   int64_t blocks() const { return columns / block; }
   int64_t index(int64_t row, int64_t of_block) const { return of_block * padded + row; }
-  int64_t digits(int64_t row, int64_t of_block) const { return index(row, of_block) * block; }
+  int64_t at(int64_t row, int64_t of_block) const { return index(row, of_block) * block; }
 };
 
 struct Linear {
   Activations x;
   const uint8_t* codes;  // packed [ceil(N / 16), K' / 8, 64]
   const int16_t* scale;  // packed [ceil(N / 16), groups, 16]
-  int64_t groups;        // scales per row: blocks, or 1
+  int64_t groups;        // scales per row
+  int64_t group_blocks;  // blocks that share a scale; ignored where groups is 1
   int64_t n;             // N
   Codebook book;
   const void* bias;  // [N], nullptr = no bias
@@ -59,7 +63,7 @@ struct Linear {
   Float out_type;
   int64_t row_blocks() const { return (n + kPackRows - 1) / kPackRows; }
   const int16_t* block_scale(int64_t row_block, int64_t block) const {
-    return scale + (row_block * groups + (groups == 1 ? 0 : block)) * kPackRows;
+    return scale + (row_block * groups + (groups == 1 ? 0 : block / group_blocks)) * kPackRows;
   }
 };
 
@@ -82,13 +86,61 @@ struct Weight {
   int64_t pairs() const { return (k + 1) / 2; }
 };
 
+// How activations become levels, see ops/reference_quantized.py for the definition.
+enum class Levels : int { int8 = 0, ovp4 = 1, ovp8 = 2 };
+
+struct ActivationFormat {
+  Levels levels;
+  int group_size;               // -1 per token, else columns per group; static scales: 0
+  const int16_t* static_scale;  // nullptr = dynamic
+  Codebook book;                // ovp4
+  Search search;                // ovp4: grids of both rules; ovp8: pair_grid
+};
+
+// A row-major activation [M, K] to quantize.
+struct ActivationSource {
+  const void* data;
+  Float type;
+  int64_t rows, k;
+  ActivationFormat format;
+  int64_t width() const { return format.group_size <= 0 ? k : format.group_size; }
+  int64_t groups() const { return (k + width() - 1) / width(); }
+};
+
+// Canonical levels and scales: what the operator quantize_activations returns.
+struct LevelTarget {
+  void* levels;  // [M, K]
+  int type;      // a Float, or kInt8
+  float* scale;  // [M, groups]
+};
+constexpr int kInt8 = 3;
+
+// A weight of eight bits, canonical: a byte per value, pairs of two bytes.
+struct Linear8 {
+  const float* x;        // [M, x_stride], zeros past K
+  int64_t m, x_stride;   // x_stride: K rounded up to whole lanes
+  const uint8_t* codes;  // [N, 2 ceil(K / 2)]
+  const int16_t* scale;  // [N or 1, groups]
+  int64_t n, k;
+  int group_size;
+  const void* bias;  // [N], nullptr = no bias
+  Float bias_type;
+  void* out;  // [M, N]
+  Float out_type;
+};
+
 struct Kernels {
   // Convert rows [begin, end) of x [M, K]; rows past M become zero.
   void (*convert_rows)(const Activations& to, const void* x, Float type, int64_t k, int64_t begin, int64_t end);
   // Outputs [m_begin, m_end) x rows of the weight in row blocks [begin, end).
   void (*linear)(const Linear& problem, int64_t m_begin, int64_t m_end, int64_t begin, int64_t end);
-  bool bytes;     // activations as bytes, else as words
-  int tile_rows;  // activation rows are padded to a multiple of this where there are more than four
+  // Quantize rows [begin, end) of an activation into the order of `linear`; rows past M become zero.
+  void (*quantize_rows)(const Activations& to, const ActivationSource&, int64_t begin, int64_t end);
+  // The same into the canonical order.
+  void (*level_rows)(const LevelTarget& to, const ActivationSource&, int64_t begin, int64_t end);
+  bool bytes;            // activations as bytes, else as words
+  int level_bytes_rows;  // up to so many rows levels are bytes, whatever `bytes` says
+  int tile_rows;         // activation rows are padded to a multiple of this where there are more than four
   // Search scales for rows [begin, end) and encode them; false = a value is not finite. Not for per-tensor scales.
   bool (*search_rows)(const Weight&, const Codebook&, const Search&, int64_t begin, int64_t end, uint8_t* codes,
                       int16_t* scale);
@@ -103,6 +155,17 @@ struct Kernels {
   // Decode rows [begin, end) of canonical codes to [N, K].
   void (*decode_rows)(const uint8_t* codes, const int16_t* scale, const Codebook&, int64_t k, int group_size,
                       int64_t begin, int64_t end, void* out, Float type);
+  // Eight bits, likewise. search8_rows: not for per-tensor scales; row8_errors: errors[candidate] for `scales`.
+  bool (*search8_rows)(const Weight&, const Search&, int64_t begin, int64_t end, uint8_t* codes, int16_t* scale);
+  void (*row8_errors)(const Weight&, bool paper_pairing, int64_t row, const float* scales, int count, double* errors);
+  void (*encode8_rows)(const Weight&, bool paper_pairing, const int16_t* scale, int64_t begin, int64_t end,
+                       uint8_t* codes);
+  void (*decode8_rows)(const uint8_t* codes, const int16_t* scale, int64_t k, int group_size, int64_t begin,
+                       int64_t end, void* out, Float type);
+  // Rows [begin, end) of x [M, K] to float32 [M, stride], zeros past K.
+  void (*float_rows)(const void* x, Float type, int64_t k, int64_t stride, int64_t begin, int64_t end, float* to);
+  // Outputs [m_begin, m_end) x rows of the weight [begin, end).
+  void (*linear8)(const Linear8&, int64_t m_begin, int64_t m_end, int64_t begin, int64_t end);
 };
 
 // Defined once per instruction set, in namespaces of the same name; on x86 only, but for the first.

@@ -1,4 +1,4 @@
-// ovp_linear: convert the activations once, then share outputs among threads.
+// ovp_linear, ovp_linear_quantized, ovp8_linear: convert the activations once, then share outputs among threads.
 #include <omp.h>
 
 #include <algorithm>
@@ -48,6 +48,35 @@ class Arena {
   std::unique_ptr<char, Free> data_;
 };
 
+constexpr int64_t kLanes8 = 16;    // what linear8 reads of a row at a time
+constexpr int64_t kRunRows8 = 16;  // rows of an 8-bit weight per unit of work: whole blocks of those decoded together
+
+// Convert rows of activations in equal shares (unless the caller has), then multiply. A task is a tile of activation
+// rows times a run of units of the weight. Threads take tasks as they get free: on a shared machine, or with cores of
+// two kinds, equal shares would wait for the slowest. Outputs do not depend on who computes them.
+template <class Convert, class Multiply>
+void share(int64_t rows, int64_t padded, int64_t units, bool parallel, bool convert_here, const Convert& convert,
+           const Multiply& multiply) {
+  const int64_t tiles = (rows + kTileRows - 1) / kTileRows;
+#pragma omp parallel if (parallel)
+  {
+    const int64_t threads = omp_get_num_threads();
+    const int64_t runs = std::min(units, kTasksPerThread * threads);
+    if (convert_here) {
+#pragma omp for schedule(static)
+      for (int64_t part = 0; part < threads; ++part) {
+        convert(padded * part / threads, padded * (part + 1) / threads);
+      }
+    }
+#pragma omp for schedule(dynamic) nowait
+    for (int64_t task = 0; task < tiles * runs; ++task) {
+      const int64_t tile = task / runs, run = task % runs;
+      multiply(tile * kTileRows, std::min<int64_t>(rows, (tile + 1) * kTileRows), units * run / runs,
+               units * (run + 1) / runs);
+    }
+  }
+}
+
 }  // namespace
 
 void ovp_linear(Isa isa, const LinearArguments& arguments) {
@@ -55,42 +84,42 @@ void ovp_linear(Isa isa, const LinearArguments& arguments) {
   // Levels above 127 (flint4) do not fit the bytes of the VNNI and AMX kernels: 16-bit words hold them.
   const bool bytes_fit = arguments.book.is_int8;
   const Kernels& kernels = kernels_for(!bytes_fit && isa > Isa::avx512 ? Isa::avx512 : isa);
+  const ActivationFormat* format = arguments.activations;
   Linear problem = {};
   Activations& x = problem.x;
   x.rows = arguments.m;
   const int64_t tile_rows = arguments.m > 4 ? kernels.tile_rows : 1;
   x.padded = (arguments.m + tile_rows - 1) / tile_rows * tile_rows;
   x.block = arguments.shape.block();
+  if (format != nullptr && format->group_size > 0) x.block = std::min(x.block, format->group_size);
   x.columns = arguments.shape.vectors() * kPackColumns;
-  x.wide = arguments.x_type == Float::f32;
+  x.digits = format != nullptr ? 1 : arguments.x_type == Float::f32 ? 3 : 2;
+  const bool row_scale = format != nullptr && format->group_size <= 0;
+  x.one_sum = row_scale && arguments.shape.group_size <= 0;
+  const bool bytes = kernels.bytes || (x.digits == 1 && x.rows <= kernels.level_bytes_rows);
   Arena arena;
   const int64_t values = x.padded * x.columns, blocks = x.padded * x.blocks();
-  arena.reserve(&x.scale, blocks);
-  if (kernels.bytes) {
-    arena.reserve(&x.high, values);
-    arena.reserve(&x.low, values);
-    arena.reserve(&x.offset, blocks);
-    if (x.wide) arena.reserve(&x.rest_offset, blocks);
-    if (x.wide) arena.reserve(&x.rest8, values);
-  } else {
-    arena.reserve(&x.words, values);
-    if (x.wide) arena.reserve(&x.rest, values);
-  }
+  const auto each = [&](auto&& use) {
+    use(&x.scale, blocks);
+    if (row_scale) use(&x.row_scale, x.padded);
+    if (bytes) {
+      use(&x.low, values);
+      use(&x.offset, blocks);
+      if (x.digits >= 2) use(&x.high, values);
+      if (x.digits == 3) use(&x.rest_offset, blocks);
+      if (x.digits == 3) use(&x.rest8, values);
+    } else {
+      use(&x.words, values);
+      if (x.digits == 3) use(&x.rest, values);
+    }
+  };
+  each([&](auto** where, int64_t count) { arena.reserve(where, count); });
   arena.allocate();
-  arena.place(&x.scale);
-  if (kernels.bytes) {
-    arena.place(&x.high);
-    arena.place(&x.low);
-    arena.place(&x.offset);
-    if (x.wide) arena.place(&x.rest_offset);
-    if (x.wide) arena.place(&x.rest8);
-  } else {
-    arena.place(&x.words);
-    if (x.wide) arena.place(&x.rest);
-  }
+  each([&](auto** where, int64_t) { arena.place(where); });
   problem.codes = arguments.codes;
   problem.scale = arguments.scale;
   problem.groups = arguments.shape.groups();
+  problem.group_blocks = arguments.shape.block() / x.block;
   problem.n = arguments.shape.n;
   problem.book = arguments.book;
   problem.bias = arguments.bias;
@@ -99,35 +128,47 @@ void ovp_linear(Isa isa, const LinearArguments& arguments) {
   problem.out_type = arguments.x_type;
 
   const auto convert = [&](int64_t begin, int64_t end) {
-    kernels.convert_rows(x, arguments.x, arguments.x_type, arguments.shape.k, begin, end);
+    if (format == nullptr) return kernels.convert_rows(x, arguments.x, arguments.x_type, arguments.shape.k, begin, end);
+    kernels.quantize_rows(x, {arguments.x, arguments.x_type, x.rows, arguments.shape.k, *format}, begin, end);
   };
   const bool parallel = x.rows * problem.n * x.columns >= kParallelProducts;
   const bool convert_first = !parallel || x.padded * x.columns <= kConvertAlone;
   if (convert_first) convert(0, x.padded);
 
-  // A task is a tile of activation rows times a run of whole panels (two row blocks); within a tile consecutive tasks
-  // are consecutive in memory. Threads take tasks as they get free: on a shared machine, or with cores of two kinds,
-  // equal shares would wait for the slowest. Outputs do not depend on who computes them.
+  // Within a tile consecutive tasks are consecutive in memory: runs of whole panels (two row blocks).
   const int64_t panels = (problem.row_blocks() + 1) / 2;
-  const int64_t tiles = (x.rows + kTileRows - 1) / kTileRows;
-#pragma omp parallel if (parallel)
-  {
-    const int64_t threads = omp_get_num_threads();
-    const int64_t runs = std::min(panels, kTasksPerThread * threads);
-    if (!convert_first) {
-#pragma omp for schedule(static)
-      for (int64_t part = 0; part < threads; ++part) {
-        convert(x.padded * part / threads, x.padded * (part + 1) / threads);
-      }
-    }
-#pragma omp for schedule(dynamic) nowait
-    for (int64_t task = 0; task < tiles * runs; ++task) {
-      const int64_t tile = task / runs, run = task % runs;
-      const int64_t begin = panels * run / runs * 2,
-                    end = std::min(problem.row_blocks(), panels * (run + 1) / runs * 2);
-      kernels.linear(problem, tile * kTileRows, std::min<int64_t>(x.rows, (tile + 1) * kTileRows), begin, end);
-    }
-  }
+  const auto multiply = [&](int64_t m_begin, int64_t m_end, int64_t begin, int64_t end) {
+    kernels.linear(problem, m_begin, m_end, begin * 2, std::min(problem.row_blocks(), end * 2));
+  };
+  share(x.rows, x.padded, panels, parallel, !convert_first, convert, multiply);
+}
+
+void ovp8_linear(Isa isa, const Linear8Arguments& arguments) {
+  if (arguments.m == 0) return;
+  const Kernels& kernels = kernels_for(isa);
+  Linear8 problem = {};
+  problem.m = arguments.m, problem.n = arguments.n, problem.k = arguments.k, problem.group_size = arguments.group_size;
+  problem.x_stride = (arguments.k + kLanes8 - 1) / kLanes8 * kLanes8;
+  problem.codes = arguments.codes, problem.scale = arguments.scale;
+  problem.bias = arguments.bias, problem.bias_type = arguments.bias_type;
+  problem.out = arguments.out, problem.out_type = arguments.x_type;
+  Arena arena;
+  float* x = nullptr;
+  arena.reserve(&x, problem.m * problem.x_stride);
+  arena.allocate();
+  arena.place(&x);
+  problem.x = x;
+  const auto convert = [&](int64_t begin, int64_t end) {
+    kernels.float_rows(arguments.x, arguments.x_type, problem.k, problem.x_stride, begin, end, x);
+  };
+  const bool parallel = problem.m * problem.n * problem.k >= kParallelProducts;
+  const bool convert_first = !parallel || problem.m * problem.k <= kConvertAlone;
+  if (convert_first) convert(0, problem.m);
+  const int64_t runs = (problem.n + kRunRows8 - 1) / kRunRows8;
+  const auto multiply = [&](int64_t m_begin, int64_t m_end, int64_t begin, int64_t end) {
+    kernels.linear8(problem, m_begin, m_end, begin * kRunRows8, std::min(problem.n, end * kRunRows8));
+  };
+  share(problem.m, problem.m, runs, parallel, !convert_first, convert, multiply);
 }
 
 }  // namespace olive

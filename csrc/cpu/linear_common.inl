@@ -1,8 +1,11 @@
-// What every ovp_linear kernel shares: y = sum over blocks of float(S) * (scale_x * scale_w), S an exact integer.
+// What every kernel of ovp_linear and ovp_linear_quantized shares: y = sum over blocks of float(S) * (scale_x *
+// scale_w), S an exact integer.
 //
-// S15 = sum w * q15 fits an int32 (|S15| <= 128 * 255 * 2^14). For float32 inputs S = 256 * S15 + R, R = sum w * rest,
-// taken as fma(float(S15), 256, float(R)). Blocks are added first to last with one fused multiply-add each, so every
-// instruction set gives the same bits.
+// Levels: |S| <= 128 * 127^2; where scales are one per row, `scale` is 1 and row_scale is applied in the end; where the
+// weight too has one scale per row, S is the sum over all of K, kept in the lanes of the sum as an integer.
+// Fixed point: S15 = sum w * q15 fits an int32 (|S15| <= 128 * 255 * 2^14). For float32 inputs S = 256 * S15 + R, R =
+// sum w * rest, taken as fma(float(S15), 256, float(R)). Blocks are added first to last with one fused multiply-add
+// each, so every instruction set gives the same bits.
 //
 // Include inside a namespace of the instruction set.
 
@@ -15,14 +18,20 @@ inline I16 block_plain_mask(const int16_t* stored) {  // -1 where the row's grou
   return -(__builtin_convertvector(load<S16>(stored), I16) & 1);
 }
 
-inline F16 accumulate(F16 total, I16 s15, I16 rest, bool wide, float scale_x, F16 scale_w) {
+inline F16 accumulate(const Activations& x, F16 total, I16 s15, I16 rest, float scale_x, F16 scale_w) {
+  if (x.one_sum) return as_float(as_int(total) + s15);
   F16 sum = __builtin_convertvector(s15, F16);
-  if (wide) sum = fused_multiply_add(sum, splat(256.0f), __builtin_convertvector(rest, F16));
+  if (x.digits == 3) sum = fused_multiply_add(sum, splat(256.0f), __builtin_convertvector(rest, F16));
   return fused_multiply_add(sum, scale_w * scale_x, total);
 }
 
-// Add the bias, round once, store the rows of the weight that exist.
+// Apply what is left of the scales, add the bias, round once, store the rows of the weight that exist.
 inline void store_outputs(const Linear& problem, int64_t m, int64_t row_block, F16 total) {
+  if (problem.x.one_sum) {
+    const F16 sum = __builtin_convertvector(as_int(total), F16);
+    total = fused_multiply_add(sum, block_scale_values(problem.block_scale(row_block, 0)), F16{});  // 0, never -0
+  }
+  if (problem.x.row_scale != nullptr) total = total * problem.x.row_scale[m];
   const int64_t first = row_block * kPackRows;
   const int64_t count = problem.n - first < kPackRows ? problem.n - first : kPackRows;
   if (count == kPackRows) {

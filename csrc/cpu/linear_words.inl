@@ -37,10 +37,10 @@ void linear(const Linear& problem, int64_t m_begin, int64_t m_end, int64_t begin
       const F16 scale_w = block_scale_values(stored);
       if (!decoder.decode(codes, stored, x.block, words)) decode_block_words(codes, stored, x.block, table, words);
       for (int64_t m = m_begin; m < m_end; ++m) {
-        const I16 s15 = multiply_block(words, x.words + x.digits(m, block), x.block);
-        const I16 rest = x.wide ? multiply_block(words, x.rest + x.digits(m, block), x.block) : I16{};
+        const I16 s15 = multiply_block(words, x.words + x.at(m, block), x.block);
+        const I16 rest = x.digits == 3 ? multiply_block(words, x.rest + x.at(m, block), x.block) : I16{};
         F16& sum = total[m - m_begin];
-        sum = accumulate(sum, s15, rest, x.wide, x.scale[x.index(m, block)], scale_w);
+        sum = accumulate(x, sum, s15, rest, x.scale[x.index(m, block)], scale_w);
       }
     }
     for (int64_t m = m_begin; m < m_end; ++m) store_outputs(problem, m, row_block, total[m - m_begin]);

@@ -7,9 +7,15 @@ namespace {
 
 #include "cpu/encode.inl"
 
+#include "cpu/encode8.inl"
+
 #include "cpu/decode.inl"
 
+#include "cpu/decode8.inl"
+
 #include "cpu/activations.inl"
+
+#include "cpu/quantize_activations.inl"
 
 #include "cpu/linear_common.inl"
 
@@ -36,7 +42,11 @@ inline I16 multiply_block(const int16_t* words, const int16_t* x, int block) {
 }  // namespace
 
 Kernels kernels() {
-  return {convert_rows, linear, false, 1, search_rows, row_statistics, row_errors, encode_rows, decode_rows};
+  Kernels set = {};
+#include "cpu/common_kernels.inl"
+  set.linear = linear;
+  set.tile_rows = 1;
+  return set;
 }
 
 }  // namespace portable

@@ -17,13 +17,14 @@ PAPER = "paper"  # int4 or flint4, whichever loses less on a tensor: OliVe's ada
 ACTIVATION_CODEBOOKS = (*(name for name in CODEBOOK_NAMES if name != LEARNED), PAPER)
 
 # Dynamic scales, in the terms of `ovp_quantize` and `ovp8_quantize`. Few, because each costs a pass over
-# values that lie in registers. Per token, on activations of the bundled model and MiniLM, they lose about 13 %
-# more squared error than the long grids that weights are searched with; with 50-fold outliers up to 2.4 times.
+# values that lie in registers. Per token, on activations of the bundled model and MiniLM, they lose about
+# 13 % more squared error than the long grids that weights are searched with; with 50-fold outliers up to
+# 2.4 times.
 DYNAMIC_PAIR_GRID = (0.35, 0.5, 0.7, 1.0, 1.4)
 DYNAMIC_PLAIN_GRID = (0.7, 0.85, 1.0)
 DYNAMIC_OVP8_GRID = (1.0, 2.0, 4.0, 8.0)
 
-# Sums of products of two int8 levels stay within an int32 up to this many: 127^2 x 133143 < 2^31.
+# Sums of products of two int8 levels stay within an int32 up to this many: 127^2 x 133144 < 2^31.
 MAX_INT32_TERMS = (2**31 - 1) // 127**2
 
 

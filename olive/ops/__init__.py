@@ -4,6 +4,7 @@ import torch
 
 from olive.ops import (  # noqa: F401  (registers)
     autograd,
+    cpu_quantized,
     reference,
     reference_quantized,
     schemas,

@@ -14,7 +14,7 @@ from olive.ops import schemas
 from olive.ops.packed import CPU_LAYOUT
 from olive.ops.schemas import library
 
-_TYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
+FLOAT_TYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 _LOG = logging.getLogger("olive")
 
 
@@ -45,7 +45,17 @@ def cpu_isas() -> list[str]:
     return [] if _MODULE is None else list(_MODULE.supported_isas())
 
 
-def _kernels() -> ModuleType:
+def has_cpu_kernels() -> bool:
+    """Whether the module was built."""
+    return _MODULE is not None
+
+
+def cpu_kernels() -> ModuleType:
+    """The compiled module.
+
+    Raises:
+        RuntimeError: it was not built.
+    """
     if _MODULE is None:
         raise RuntimeError("olive._cpu: expected a compiled module, got none; build it with `pip install .`")
     # torch.set_num_threads reaches a new Python thread only once torch is asked there (30 ns).
@@ -72,9 +82,9 @@ def ovp_quantize_cpu(
     importance = None if importance is None else importance.contiguous()
     codes = torch.empty(codes_shape(rows, columns), dtype=torch.uint8, device="cpu")
     scale = torch.empty(scale_shape(rows, columns, group_size), dtype=torch.int16, device="cpu")
-    finite = _kernels().quantize(
+    finite = cpu_kernels().quantize(
         weight.data_ptr(),
-        _TYPES[weight.dtype],
+        FLOAT_TYPES[weight.dtype],
         rows,
         columns,
         group_size,
@@ -101,9 +111,9 @@ def ovp_encode_cpu(
         raise ValueError("weight: expected finite values, got NaN or Inf")
     weight, scale, codebook = weight.contiguous(), scale.contiguous(), codebook.contiguous()
     codes = torch.empty(codes_shape(rows, columns), dtype=torch.uint8, device="cpu")
-    _kernels().encode(
+    cpu_kernels().encode(
         weight.data_ptr(),
-        _TYPES[weight.dtype],
+        FLOAT_TYPES[weight.dtype],
         rows,
         columns,
         group_size,
@@ -129,7 +139,7 @@ def ovp_decode_cpu(
     rows = schemas.check_decode(codes, scale, codebook, in_features, group_size, dtype)
     codes, scale, codebook = codes.contiguous(), scale.contiguous(), codebook.contiguous()
     out = torch.empty((rows, in_features), dtype=dtype, device="cpu")
-    _kernels().decode(
+    cpu_kernels().decode(
         codes.data_ptr(),
         scale.data_ptr(),
         codebook.data_ptr(),
@@ -137,7 +147,7 @@ def ovp_decode_cpu(
         in_features,
         group_size,
         out.data_ptr(),
-        _TYPES[dtype],
+        FLOAT_TYPES[dtype],
         isa,
     )
     return out
@@ -152,7 +162,7 @@ def ovp_pack_cpu(codes: Tensor, scale: Tensor, in_features: int, group_size: int
     size = (rows, in_features, group_size)
     packed_codes = torch.empty(CPU_LAYOUT.codes_shape(*size), dtype=torch.uint8, device="cpu")
     packed_scale = torch.empty(CPU_LAYOUT.scale_shape(*size), dtype=torch.int16, device="cpu")
-    _kernels().pack(
+    cpu_kernels().pack(
         codes.data_ptr(),
         scale.data_ptr(),
         rows,
@@ -175,7 +185,7 @@ def ovp_unpack_cpu(
     canonical_scale = torch.empty(
         scale_shape(out_features, in_features, group_size), dtype=torch.int16, device="cpu"
     )
-    _kernels().unpack(
+    cpu_kernels().unpack(
         codes.data_ptr(),
         scale.data_ptr(),
         out_features,
@@ -206,9 +216,9 @@ def ovp_linear_cpu(
     codebook = codebook.contiguous()
     bias = None if bias is None else bias.contiguous()
     out = torch.empty((*input.shape[:-1], out_features), dtype=input.dtype, device="cpu")
-    _kernels().linear(
+    cpu_kernels().linear(
         input.data_ptr(),
-        _TYPES[input.dtype],
+        FLOAT_TYPES[input.dtype],
         input.numel() // columns,
         out_features,
         columns,
@@ -217,7 +227,7 @@ def ovp_linear_cpu(
         scale.data_ptr(),
         codebook.data_ptr(),
         0 if bias is None else bias.data_ptr(),
-        0 if bias is None else _TYPES[bias.dtype],
+        0 if bias is None else FLOAT_TYPES[bias.dtype],
         out.data_ptr(),
         isa,
     )
