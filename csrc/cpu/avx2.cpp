@@ -35,6 +35,19 @@ struct Decoder {
         plain(byte_table(book.plain)),
         is_int8(book.is_int8) {}
 
+  // Half a packed vector, 8 columns of 8 rows, to the levels of its even and its odd columns.
+  void operator()(__m256i bytes, __m256i plain_rows, __m256i* even, __m256i* odd) const {
+    const __m256i nibble = _mm256_set1_epi8(15), identifier = _mm256_set1_epi8(kIdentifier);
+    const __m256i low = _mm256_and_si256(bytes, nibble);
+    const __m256i high = _mm256_and_si256(_mm256_srli_epi16(bytes, 4), nibble);
+    *even = _mm256_blendv_epi8(_mm256_shuffle_epi8(normal, low), _mm256_shuffle_epi8(outlier, low),
+                               _mm256_cmpeq_epi8(high, identifier));
+    *odd = _mm256_blendv_epi8(_mm256_shuffle_epi8(normal, high), _mm256_shuffle_epi8(outlier, high),
+                              _mm256_cmpeq_epi8(low, identifier));
+    *even = _mm256_blendv_epi8(*even, _mm256_shuffle_epi8(plain, low), plain_rows);
+    *odd = _mm256_blendv_epi8(*odd, _mm256_shuffle_epi8(plain, high), plain_rows);
+  }
+
   static void widen(__m256i levels, int16_t* to) {
     store(to, _mm256_cvtepi8_epi16(_mm256_castsi256_si128(levels)));
     store(to + 16, _mm256_cvtepi8_epi16(_mm256_extracti128_si256(levels, 1)));
@@ -43,44 +56,114 @@ struct Decoder {
   // To 16-bit levels; false = the codebook has levels that are no int8.
   bool decode(const uint8_t* codes, const int16_t* stored, int block, int16_t* words) const {
     if (!is_int8) return false;
-    const I16 mask = block_plain_mask(stored);
-    const __m256i nibble = _mm256_set1_epi8(15), identifier = _mm256_set1_epi8(kIdentifier);
+    const PlainRows rows(stored);
     for (int half = 0; half < 2; ++half) {
-      const __m256i plain_rows = load<__m256i>(reinterpret_cast<const char*>(&mask) + 32 * half);
       for (int vector = 0; vector < block / kPackColumns; ++vector) {
-        const __m256i bytes = load<__m256i>(codes + vector * kVectorBytes + 32 * half);
-        const __m256i low = _mm256_and_si256(bytes, nibble);
-        const __m256i high = _mm256_and_si256(_mm256_srli_epi16(bytes, 4), nibble);
-        __m256i even = _mm256_blendv_epi8(_mm256_shuffle_epi8(normal, low), _mm256_shuffle_epi8(outlier, low),
-                                          _mm256_cmpeq_epi8(high, identifier));
-        __m256i odd = _mm256_blendv_epi8(_mm256_shuffle_epi8(normal, high), _mm256_shuffle_epi8(outlier, high),
-                                         _mm256_cmpeq_epi8(low, identifier));
-        even = _mm256_blendv_epi8(even, _mm256_shuffle_epi8(plain, low), plain_rows);
-        odd = _mm256_blendv_epi8(odd, _mm256_shuffle_epi8(plain, high), plain_rows);
+        __m256i even, odd;
+        (*this)(load<__m256i>(codes + vector * kVectorBytes + 32 * half), rows.half[half], &even, &odd);
         widen(even, words + vector * 2 * kVectorBytes + 32 * half);
         widen(odd, words + (vector * 2 + 1) * kVectorBytes + 32 * half);
       }
     }
     return true;
   }
+
+  // 32-bit masks of the rows whose group is plain, 8 rows each.
+  struct PlainRows {
+    __m256i half[2];
+    explicit PlainRows(const int16_t* stored) {
+      const I16 mask = block_plain_mask(stored);
+      __builtin_memcpy(half, &mask, sizeof(half));
+    }
+  };
 };
 
+constexpr int kWordRows = 3;  // 12 sums in 16 registers; weights are operands in memory
+
 // Four vectors of 4 rows x 4 columns per step; each 32-bit lane sums two columns.
-inline I16 multiply_block(const int16_t* words, const int16_t* x, int block) {
-  __m256i sums[4] = {};
+template <int kRows>
+inline void multiply_words(const int16_t* words, const int16_t* x, int block, I16* sums) {
+  __m256i lanes[kRows][4];
+  repeat<kRows>(OLIVE_EACH(m) { lanes[m][0] = lanes[m][1] = lanes[m][2] = lanes[m][3] = _mm256_setzero_si256(); });
   for (int step = 0; step < block / 4; ++step) {
-    const __m256i four = _mm256_set1_epi64x(load<int64_t>(x + 4 * step));
-    for (int i = 0; i < 4; ++i) {
+    __m256i four[kRows];
+    repeat<kRows>(OLIVE_EACH(m) { four[m] = _mm256_set1_epi64x(load<int64_t>(x + m * block + 4 * step)); });
+    repeat<4>(OLIVE_EACH(i) {
       const __m256i w = load<__m256i>(words + step * kVectorBytes + 16 * i);
-      sums[i] = _mm256_add_epi32(sums[i], _mm256_madd_epi16(w, four));
-    }
+      repeat<kRows>(OLIVE_EACH(m) { lanes[m][i] = _mm256_add_epi32(lanes[m][i], _mm256_madd_epi16(w, four[m])); });
+    });
   }
-  const I16 low = load<I16>(sums), high = load<I16>(sums + 2);
-  return __builtin_shuffle(low, high, I16{0, 2, 4, 6, 8, 10, 12, 14, 16, 18, 20, 22, 24, 26, 28, 30}) +
-         __builtin_shuffle(low, high, I16{1, 3, 5, 7, 9, 11, 13, 15, 17, 19, 21, 23, 25, 27, 29, 31});
+  repeat<kRows>(OLIVE_EACH(m) {
+    const auto fold = [](__m256i a, __m256i b) {  // sums of neighbours: rows 0 1 4 5 2 3 6 7 to 0 .. 7
+      return _mm256_permute4x64_epi64(_mm256_hadd_epi32(a, b), 0xD8);
+    };
+    const __m256i halves[2] = {fold(lanes[m][0], lanes[m][1]), fold(lanes[m][2], lanes[m][3])};
+    __builtin_memcpy(&sums[m], halves, sizeof(halves));
+  });
 }
 
 #include "cpu/linear_words.inl"
+
+constexpr int kByteRows = 4;     // beyond, decoding to words once for all rows wins
+constexpr int kPrefetch = 2048;  // bytes ahead of the stream of codes: the hardware prefetcher stops at page borders
+
+// sum += four products of signed bytes per lane. vpmaddubsw takes an unsigned factor: |w| times x with w's sign. Two
+// products of levels up to 127 are at most 32258, so nothing saturates.
+__attribute__((always_inline)) inline void dot4(__m256i& sum, __m256i w, __m256i magnitude, const int8_t* x) {
+  const __m256i four = _mm256_sign_epi8(_mm256_set1_epi32(load<int32_t>(x)), w);
+  const __m256i pairs = _mm256_maddubs_epi16(magnitude, four);
+  sum = _mm256_add_epi32(sum, _mm256_madd_epi16(pairs, _mm256_set1_epi16(1)));
+}
+
+// Few rows of levels: weights are decoded in registers and used at once.
+template <int kRows>
+inline void few_rows(const Linear& problem, int64_t m_begin, int64_t begin, int64_t end) {
+  const Activations& x = problem.x;
+  const Decoder decoder(problem.book);
+  for (int64_t row_block = begin; row_block < end; ++row_block) {
+    F16 total[kRows] = {};
+    const uint8_t* codes = problem.codes + row_block * x.columns * kPackRows / 2;
+    for (int64_t block = 0; block < x.blocks(); ++block) {
+      const int16_t* stored = problem.block_scale(row_block, block);
+      const Decoder::PlainRows plain(stored);
+      const int8_t* levels = x.low + x.at(m_begin, block);
+      __m256i sums[kRows][2];
+      repeat<kRows>(OLIVE_EACH(m) { sums[m][0] = sums[m][1] = _mm256_setzero_si256(); });
+      for (int column = 0; column < x.block; column += kPackColumns, codes += kVectorBytes) {
+        _mm_prefetch(reinterpret_cast<const char*>(codes + kPrefetch), _MM_HINT_T0);
+        repeat<2>(OLIVE_EACH(half) {
+          __m256i even, odd;
+          decoder(load<__m256i>(codes + 32 * half), plain.half[half], &even, &odd);
+          const __m256i even_magnitude = _mm256_abs_epi8(even), odd_magnitude = _mm256_abs_epi8(odd);
+          repeat<kRows>(OLIVE_EACH(m) {
+            dot4(sums[m][half], even, even_magnitude, levels + m * x.block + column);
+            dot4(sums[m][half], odd, odd_magnitude, levels + m * x.block + column + 4);
+          });
+        });
+      }
+      const F16 scale_w = block_scale_values(stored);
+      repeat<kRows>(OLIVE_EACH(m) {
+        I16 sum;
+        __builtin_memcpy(&sum, sums[m], sizeof(sum));
+        total[m] = accumulate(x, total[m], sum, I16{}, x.scale[x.index(m_begin + m, block)], scale_w);
+      });
+    }
+    repeat<kRows>(OLIVE_EACH(m) { store_outputs(problem, m_begin + m, row_block, total[m]); });
+  }
+}
+
+template <int kRows>
+inline void few_rows_of(const Linear& problem, int64_t m_begin, int64_t m_end, int64_t begin, int64_t end) {
+  if constexpr (kRows > 1) {
+    if (m_end - m_begin < kRows) return few_rows_of<kRows - 1>(problem, m_begin, m_end, begin, end);
+  }
+  few_rows<kRows>(problem, m_begin, begin, end);
+}
+
+void linear(const Linear& problem, int64_t m_begin, int64_t m_end, int64_t begin, int64_t end) {
+  if (problem.x.low != nullptr) return few_rows_of<kByteRows>(problem, m_begin, m_end, begin, end);
+  linear_words(problem, m_begin, m_end, begin, end);
+}
 
 }  // namespace
 
@@ -88,6 +171,7 @@ Kernels kernels() {
   Kernels set = {};
 #include "cpu/common_kernels.inl"
   set.linear = linear;
+  set.level_bytes_rows = kByteRows;
   set.tile_rows = 1;
   return set;
 }

@@ -46,17 +46,27 @@ struct Decoder {
   }
 };
 
+constexpr int kWordRows = 6;  // 12 sums, 6 broadcasts and 2 vectors of weights in 32 registers
+
 // Two vectors of 8 rows x 4 columns per step; each 32-bit lane sums two columns.
-inline I16 multiply_block(const int16_t* words, const int16_t* x, int block) {
-  __m512i first = _mm512_setzero_si512(), second = first;
+template <int kRows>
+inline void multiply_words(const int16_t* words, const int16_t* x, int block, I16* sums) {
+  __m512i lanes[kRows][2];
+  repeat<kRows>(OLIVE_EACH(m) { lanes[m][0] = lanes[m][1] = _mm512_setzero_si512(); });
   for (int step = 0; step < block / 4; ++step) {
-    const __m512i four = _mm512_set1_epi64(load<int64_t>(x + 4 * step));
-    first = _mm512_add_epi32(first, _mm512_madd_epi16(load<__m512i>(words + step * kVectorBytes), four));
-    second = _mm512_add_epi32(second, _mm512_madd_epi16(load<__m512i>(words + step * kVectorBytes + 32), four));
+    const __m512i low = load<__m512i>(words + step * kVectorBytes);
+    const __m512i high = load<__m512i>(words + step * kVectorBytes + 32);
+    repeat<kRows>(OLIVE_EACH(m) {
+      const __m512i four = _mm512_set1_epi64(load<int64_t>(x + m * block + 4 * step));
+      lanes[m][0] = _mm512_add_epi32(lanes[m][0], _mm512_madd_epi16(low, four));
+      lanes[m][1] = _mm512_add_epi32(lanes[m][1], _mm512_madd_epi16(high, four));
+    });
   }
-  const I16 low = reinterpret_cast<I16>(first), high = reinterpret_cast<I16>(second);
-  return __builtin_shuffle(low, high, I16{0, 2, 4, 6, 8, 10, 12, 14, 16, 18, 20, 22, 24, 26, 28, 30}) +
-         __builtin_shuffle(low, high, I16{1, 3, 5, 7, 9, 11, 13, 15, 17, 19, 21, 23, 25, 27, 29, 31});
+  repeat<kRows>(OLIVE_EACH(m) {
+    const I16 low = reinterpret_cast<I16>(lanes[m][0]), high = reinterpret_cast<I16>(lanes[m][1]);
+    sums[m] = __builtin_shuffle(low, high, I16{0, 2, 4, 6, 8, 10, 12, 14, 16, 18, 20, 22, 24, 26, 28, 30}) +
+              __builtin_shuffle(low, high, I16{1, 3, 5, 7, 9, 11, 13, 15, 17, 19, 21, 23, 25, 27, 29, 31});
+  });
 }
 
 #include "cpu/linear_words.inl"
@@ -66,7 +76,7 @@ inline I16 multiply_block(const int16_t* words, const int16_t* x, int block) {
 Kernels kernels() {
   Kernels set = {};
 #include "cpu/common_kernels.inl"
-  set.linear = linear;
+  set.linear = linear_words;
   set.tile_rows = 1;
   return set;
 }

@@ -1,7 +1,8 @@
 // ovp_linear on 16-bit words: decode a block of 16 rows to int16 once, then multiply it with every activation row.
 //
 // Include inside a namespace of the instruction set, after linear_common.inl, decode.inl, a Decoder that fills `words`
-// (or says that it cannot) and multiply_block, which gives the 16 sums of a block with one activation row.
+// (or says that it cannot), kWordRows, and multiply_words<kRows>, which gives the 16 sums of a block with each of kRows
+// activation rows that lie one after another.
 
 // Decode one packed block to 16-bit levels [block / 4 steps][16 rows][4]: step 2 i holds the even columns of vector i,
 // step 2 i + 1 the odd ones.
@@ -21,7 +22,16 @@ inline void decode_block_words(const uint8_t* codes, const int16_t* stored, int 
   }
 }
 
-void linear(const Linear& problem, int64_t m_begin, int64_t m_end, int64_t begin, int64_t end) {
+// Rows of activations that multiply_words takes at once, from kWordRows down.
+template <int kRows>
+inline void multiply_some(const int16_t* words, const int16_t* x, int block, int rows, I16* sums) {
+  if constexpr (kRows > 1) {
+    if (rows < kRows) return multiply_some<kRows - 1>(words, x, block, rows, sums);
+  }
+  multiply_words<kRows>(words, x, block, sums);
+}
+
+void linear_words(const Linear& problem, int64_t m_begin, int64_t m_end, int64_t begin, int64_t end) {
   const Activations& x = problem.x;
   alignas(64) int16_t words[kMaxBlock * kPackRows];
   F16 total[kTileRows];
@@ -36,11 +46,15 @@ void linear(const Linear& problem, int64_t m_begin, int64_t m_end, int64_t begin
       const int16_t* stored = problem.block_scale(row_block, block);
       const F16 scale_w = block_scale_values(stored);
       if (!decoder.decode(codes, stored, x.block, words)) decode_block_words(codes, stored, x.block, table, words);
-      for (int64_t m = m_begin; m < m_end; ++m) {
-        const I16 s15 = multiply_block(words, x.words + x.at(m, block), x.block);
-        const I16 rest = x.digits == 3 ? multiply_block(words, x.rest + x.at(m, block), x.block) : I16{};
-        F16& sum = total[m - m_begin];
-        sum = accumulate(x, sum, s15, rest, x.scale[x.index(m, block)], scale_w);
+      for (int64_t m = m_begin; m < m_end; m += kWordRows) {
+        const int rows = m_end - m < kWordRows ? static_cast<int>(m_end - m) : kWordRows;
+        I16 s15[kWordRows], rest[kWordRows] = {};
+        multiply_some<kWordRows>(words, x.words + x.at(m, block), x.block, rows, s15);
+        if (x.digits == 3) multiply_some<kWordRows>(words, x.rest + x.at(m, block), x.block, rows, rest);
+        for (int i = 0; i < rows; ++i) {
+          F16& sum = total[m - m_begin + i];
+          sum = accumulate(x, sum, s15[i], rest[i], x.scale[x.index(m + i, block)], scale_w);
+        }
       }
     }
     for (int64_t m = m_begin; m < m_end; ++m) store_outputs(problem, m, row_block, total[m - m_begin]);

@@ -24,17 +24,20 @@ struct Decoder {
   bool decode(const uint8_t*, const int16_t*, int, int16_t*) const { return false; }  // decode_block_words does it
 };
 
-inline I16 multiply_block(const int16_t* words, const int16_t* x, int block) {
-  I16 sums = {};
+constexpr int kWordRows = 1;
+
+template <int kRows>
+inline void multiply_words(const int16_t* words, const int16_t* x, int block, I16* sums) {
+  static_assert(kRows == 1, "see kWordRows");
+  *sums = I16{};
   for (int step = 0; step < block / 4; ++step) {
     for (int row = 0; row < kPackRows; ++row) {
       const int16_t* w = words + (step * kPackRows + row) * 4;
       int32_t sum = 0;
       for (int j = 0; j < 4; ++j) sum += static_cast<int32_t>(w[j]) * x[4 * step + j];
-      sums[row] += sum;
+      (*sums)[row] += sum;
     }
   }
-  return sums;
 }
 
 #include "cpu/linear_words.inl"
@@ -44,7 +47,7 @@ inline I16 multiply_block(const int16_t* words, const int16_t* x, int block) {
 Kernels kernels() {
   Kernels set = {};
 #include "cpu/common_kernels.inl"
-  set.linear = linear;
+  set.linear = linear_words;
   set.tile_rows = 1;
   return set;
 }

@@ -22,7 +22,7 @@ INT8_BOOKS = [name for name in BOOKS if name != "flint4"]
 
 
 def activations(rows: int, columns: int, dtype: torch.dtype, seed: int = 0) -> Tensor:
-    """Mixed signs, large outliers, a row of zeros, a tiny row; where there are many, rows with NaN and Inf."""
+    """Mixed signs, large outliers, a row of zeros, a tiny row; with NaN and Inf among many."""
     x = (50 * heavy_tailed(rows, columns, seed)).clone()
     x[:, columns // 3] *= 60
     if rows > 2:

@@ -97,4 +97,4 @@ def test_without_the_module_a_call_says_how_to_build_it(monkeypatch: pytest.Monk
     assert "olive._cuda was not built" in cuda.missing(GPU)
     assert cuda.architectures() == ""
     with pytest.raises(RuntimeError, match=r"olive\._cuda: expected a compiled module, got none; build it"):
-        cuda._kernels()
+        cuda.kernels()
