@@ -1,11 +1,11 @@
-"""`ovp_linear` (W4A16) against torch's own linears, with cold weights.
+"""`ovp_linear` (W4A16) and `ovp_linear_quantized` (W4A8, W4A4) against other linears, with cold weights.
 
 Peers: `torch.nn.functional.linear` in bfloat16 and float32, torch's int4 CPU operator
-`aten::_weight_int4pack_mm_for_cpu`, and torchao's W4A8 operator where a torchao with its CPU kernel is
-installed.
+`aten::_weight_int4pack_mm_for_cpu`, torchao's W4A8 operator where a torchao with its CPU kernel is installed;
+and what reading as many bytes from memory takes.
 Each result is checked against the decoded weight before it is timed.
 
-    python -m bench.bench_ovp_linear            # all shapes, about 10 minutes on two cores
+    python -m bench.bench_ovp_linear            # all shapes, about 15 minutes on two cores
     python -m bench.bench_ovp_linear --tiny     # a smoke run
 """
 
@@ -23,6 +23,7 @@ from torch import Tensor
 from torch.nn.functional import linear
 
 from bench.common import RESULTS, append_csv, environment
+from bench.quantized_linears import ACTIVATIONS, da8w4_call, quantized_call, quantized_input
 from bench.timing import Timing, copies_for, take_turns
 from olive import QuantConfig, ops
 from olive.ptq import quantize_weight
@@ -69,34 +70,20 @@ def int4_call(x: Tensor, n: int, k: int, group_size: int, cold_bytes: int) -> tu
     return lambda turn: run(x, copies[turn % len(copies)], group_size, scales_and_zeros), error
 
 
-def da8w4_call(x: Tensor, n: int, k: int, group_size: int, cold_bytes: int) -> Call | None:
-    """torchao's W4A8 operator with its per-token quantization; None where its CPU kernel is missing."""
-    try:
-        import torchao  # noqa: F401
-    except ImportError:
-        return None
-    if "CPU" not in torch._C._dispatch_dump("torchao::da8w4_linear_cpu"):
-        return None
-    codes = torch.randint(0, 16, (n, k), dtype=torch.uint8)
-    scales = torch.rand(n, k // group_size) * 0.01 + 0.001
-    zeros = torch.full((n, k // group_size), 8, dtype=torch.int8)
-    prepacked = torch.ops.torchao.da8w4_linear_prepack_cpu(codes, scales, zeros)
-    copies = [
-        tuple(part.clone() for part in prepacked)
-        for _ in range(copies_for(prepacked[0].numel() * prepacked[0].element_size(), cold_bytes))
-    ]
+def memory_call(bytes_each: int, cold_bytes: int) -> Call:
+    """Reads as many bytes as a weight's codes have, and adds them up: what memory gives."""
+    copies = [torch.ones(bytes_each // 4) for _ in range(copies_for(bytes_each, cold_bytes))]
+    return lambda turn: copies[turn % len(copies)].sum()
 
-    def call(turn: int) -> Tensor:
-        weight, weight_scale, weight_zero, compensation = copies[turn % len(copies)]
-        scale = x.float().abs().amax(dim=1) / 127.0
-        quantized = torch.clamp(torch.round(x.float() / scale[:, None]), -128, 127).to(torch.int8)
-        out: Tensor = torch.ops.torchao.da8w4_linear_cpu(
-            quantized, scale, torch.zeros_like(scale, dtype=torch.int32), weight, weight_scale, weight_zero,
-            compensation, None, x.dtype,
-        )  # fmt: skip
-        return out
 
-    return call
+def check_error(name: str, error: float, limit: float) -> None:
+    """Refuse to time a wrong result.
+
+    Raises:
+        RuntimeError: the error is above the limit, or NaN.
+    """
+    if not error <= limit:
+        raise RuntimeError(f"{name}: expected an error of at most {limit:.2g}, got {error:.2g}")
 
 
 def bench_shape(
@@ -121,35 +108,30 @@ def bench_shape(
     for m in rows:
         x = torch.randn(m, k, generator=generator).to(dtype)
         call = ovp_call(x, ovp_copies, quantized.codebook, n, group_size)
-        error = relative_error(call(0), x.double() @ decoded.double().T)
-        limit = 2 * relative_error(linear(x, decoded.to(dtype)), x.double() @ decoded.double().T) + 1e-6
-        if not error <= limit:
-            raise RuntimeError(f"ovp_linear: expected an error of at most {limit:.2g}, got {error:.2g}")
+        exact = x.double() @ decoded.double().T
+        rounding = 2 * relative_error(linear(x, decoded.to(dtype)), exact) + 1e-6
+        check_error("ovp_linear", relative_error(call(0), exact), rounding)
         candidates: dict[str, Call] = {"olive": call, "torch_half": linear_call(x, halves)}
+        for name, how in ACTIVATIONS.items():
+            call = quantized_call(x, ovp_copies, quantized.codebook, n, group_size, how)
+            exact = quantized_input(x, how).double() @ decoded.double().T
+            check_error(name, relative_error(call(0), exact), rounding)
+            candidates[name] = call
         candidates["torch_float32"] = linear_call(x.float(), singles)
+        candidates["memory_read"] = memory_call(ovp_bytes, cold_bytes)
         if group_size > 0 and k % group_size == 0 and n % 16 == 0:
-            candidates["torch_int4"], int4_error = int4_call(x, n, k, group_size, cold_bytes)
-            if not int4_error <= 0.02:
-                raise RuntimeError(f"torch_int4: expected an error of at most 0.02, got {int4_error:.2g}")
+            candidates["torch_int4"], error = int4_call(x, n, k, group_size, cold_bytes)
+            check_error("torch_int4", error, 0.02)
             torchao_call = da8w4_call(x, n, k, group_size, cold_bytes)
             if torchao_call is not None:
                 candidates["torchao_w4a8"] = torchao_call
         timings = take_turns(candidates, seconds)
-        bytes_read = {"olive": ovp_bytes, "torch_half": 2 * n * k, "torch_float32": 4 * n * k}
+        bytes_read = {name: ovp_bytes for name in ("olive", "memory_read", *ACTIVATIONS)}
+        bytes_read.update({"torch_half": 2 * n * k, "torch_float32": 4 * n * k})
         for name, timing in timings.items():
-            lines.append(
-                row(
-                    name,
-                    m,
-                    n,
-                    k,
-                    dtype,
-                    group_size,
-                    timing,
-                    timings["torch_half"],
-                    bytes_read.get(name, n * k // 2),
-                )
-            )
+            size = bytes_read.get(name, n * k // 2)
+            baseline = timings["torch_half"]
+            lines.append(row(name, m, n, k, dtype, group_size, timing, baseline, size))
     return lines
 
 
@@ -165,9 +147,9 @@ def row(
     bytes_read: int,
 ) -> dict[str, Any]:
     """One line of the CSV; speed-up is against torch's linear in the activation's dtype."""
-    backend = f"{name} {ops.cpu_backend()}" if name == "olive" else name
+    backend = f"{name} {ops.cpu_backend()}" if name.startswith("olive") else name
     return {
-        "op": "ovp_linear",
+        "op": "ovp_linear_quantized" if name in ACTIVATIONS else "ovp_linear",
         "backend": backend,
         "m": m,
         "n": n,

@@ -7,45 +7,40 @@
 //
 // Include inside a namespace of the instruction set.
 
-// Where a lane vector is one register the steps are unrolled; where it is two or four, that costs 30 s of compiling.
-#if defined(__AVX512F__)
 #define OLIVE_LEVEL_UNROLL _Pragma("GCC unroll 16")
-#else
-#define OLIVE_LEVEL_UNROLL _Pragma("GCC unroll 1")
-#endif
 
 constexpr int64_t kChunk = 1024;  // columns summed in float32 before the sum goes on in float64
 
 struct Tables {
-  F16 normal[8], normal_mid[7];
-  F16 outlier[7], outlier_mid[6];
-  F16 plain[16], plain_mid[15];
-  F16 past;  // a pair can only gain from the outlier rule if one value is above this
+  FPart normal[8], normal_mid[7];
+  FPart outlier[7], outlier_mid[6];
+  FPart plain[16], plain_mid[15];
+  FPart past;  // a pair can only gain from the outlier rule if one value is above this
 };
 
 inline Tables make_tables(const Codebook& book) {
   Tables tables;
-  for (int i = 0; i < 8; ++i) tables.normal[i] = splat(book.normal[i]);
-  for (int i = 0; i < 7; ++i) tables.normal_mid[i] = splat((book.normal[i] + book.normal[i + 1]) * 0.5f);
-  for (int i = 0; i < 7; ++i) tables.outlier[i] = splat(book.outlier[i + 1]);
-  for (int i = 0; i < 6; ++i) tables.outlier_mid[i] = splat((book.outlier[i + 1] + book.outlier[i + 2]) * 0.5f);
-  for (int i = 0; i < 16; ++i) tables.plain[i] = splat(book.plain[i]);
-  for (int i = 0; i < 15; ++i) tables.plain_mid[i] = splat((book.plain[i] + book.plain[i + 1]) * 0.5f);
-  tables.past = splat((book.normal[7] + book.outlier[1]) * 0.5f);
+  for (int i = 0; i < 8; ++i) tables.normal[i] = splat_part(book.normal[i]);
+  for (int i = 0; i < 7; ++i) tables.normal_mid[i] = splat_part((book.normal[i] + book.normal[i + 1]) * 0.5f);
+  for (int i = 0; i < 7; ++i) tables.outlier[i] = splat_part(book.outlier[i + 1]);
+  for (int i = 0; i < 6; ++i) tables.outlier_mid[i] = splat_part((book.outlier[i + 1] + book.outlier[i + 2]) * 0.5f);
+  for (int i = 0; i < 16; ++i) tables.plain[i] = splat_part(book.plain[i]);
+  for (int i = 0; i < 15; ++i) tables.plain_mid[i] = splat_part((book.plain[i] + book.plain[i + 1]) * 0.5f);
+  tables.past = splat_part((book.normal[7] + book.outlier[1]) * 0.5f);
   return tables;
 }
 
 template <int kCount>
-inline F16 nearest(F16 t, const F16* levels, const F16* mids) {
-  F16 level = levels[0];
+inline FPart nearest(FPart t, const FPart* levels, const FPart* mids) {
+  FPart level = levels[0];
   OLIVE_LEVEL_UNROLL
   for (int i = 0; i < kCount - 1; ++i) level = select(t > mids[i], levels[i + 1], level);
   return level;
 }
 
 template <int kCount>
-inline I16 nearest_index(F16 t, const F16* mids) {
-  I16 index = {};
+inline IPart nearest_index(FPart t, const FPart* mids) {
+  IPart index = {};
   OLIVE_LEVEL_UNROLL
   for (int i = 0; i < kCount - 1; ++i) index -= t > mids[i];  // a true lane is -1
   return index;
@@ -61,14 +56,14 @@ struct Pairs {
 };
 
 struct PairErrors {
-  F16 normal, outlier_victim, victim_outlier;
+  FPart normal, outlier_victim, victim_outlier;
 };
 
 template <bool kWeighted>
-inline PairErrors outlier_errors(F16 a, F16 b, F16 normal, const Tables& tables, F16 ha, F16 hb) {
-  const F16 oa = a - nearest<7>(a, tables.outlier, tables.outlier_mid);
-  const F16 ob = b - nearest<7>(b, tables.outlier, tables.outlier_mid);
-  F16 outlier_a = oa * oa, outlier_b = ob * ob, victim_a = a * a, victim_b = b * b;
+inline PairErrors outlier_errors(FPart a, FPart b, FPart normal, const Tables& tables, FPart ha, FPart hb) {
+  const FPart oa = a - nearest<7>(a, tables.outlier, tables.outlier_mid);
+  const FPart ob = b - nearest<7>(b, tables.outlier, tables.outlier_mid);
+  FPart outlier_a = oa * oa, outlier_b = ob * ob, victim_a = a * a, victim_b = b * b;
   if (kWeighted) {
     outlier_a *= ha, outlier_b *= hb, victim_a *= ha, victim_b *= hb;
   }
@@ -77,17 +72,17 @@ inline PairErrors outlier_errors(F16 a, F16 b, F16 normal, const Tables& tables,
 
 // Which value of a pair becomes an outlier under the paper's rule: the one past the normal range, the larger of two.
 struct Choice {
-  I16 even, odd;
+  IPart even, odd;
 };
 
-inline Choice paper_choice(F16 a, F16 b, const Tables& tables) {
-  const I16 past_a = a > tables.past, past_b = b > tables.past;
-  const I16 even = past_a & (~past_b | (a >= b));
+inline Choice paper_choice(FPart a, FPart b, const Tables& tables) {
+  const IPart past_a = a > tables.past, past_b = b > tables.past;
+  const IPart even = past_a & (~past_b | (a >= b));
   return {even, past_b & ~even};
 }
 
 inline Choice optimal_choice(const PairErrors& error) {
-  const I16 even = (error.outlier_victim < error.normal) & (error.outlier_victim <= error.victim_outlier);
+  const IPart even = (error.outlier_victim < error.normal) & (error.outlier_victim <= error.victim_outlier);
   return {even, (error.victim_outlier < error.normal) & ~even};
 }
 
@@ -96,27 +91,27 @@ inline double pair_rule_error(const Pairs& pairs, const Tables& tables, float in
   double total = 0.0;
   for (int64_t start = 0; start < pairs.count; start += kChunk / 2) {
     const int64_t end = pairs.count < start + kChunk / 2 ? pairs.count : start + kChunk / 2;
-    F16 lanes = {};
-    for (int64_t i = start; i < end; i += kLanes) {
-      const F16 a = absolute(load<F16>(pairs.even + i) * inverse);
-      const F16 b = absolute(load<F16>(pairs.odd + i) * inverse);
-      F16 ha = {}, hb = {};
-      const F16 da = a - nearest<8>(a, tables.normal, tables.normal_mid);
-      const F16 db = b - nearest<8>(b, tables.normal, tables.normal_mid);
-      F16 ea = da * da, eb = db * db;
+    FPart lanes[kParts] = {};
+    for (int64_t i = start, part = 0; i < end; i += kPart, part = (part + 1) % kParts) {
+      const FPart a = absolute(load<FPart>(pairs.even + i) * inverse);
+      const FPart b = absolute(load<FPart>(pairs.odd + i) * inverse);
+      FPart ha = {}, hb = {};
+      const FPart da = a - nearest<8>(a, tables.normal, tables.normal_mid);
+      const FPart db = b - nearest<8>(b, tables.normal, tables.normal_mid);
+      FPart ea = da * da, eb = db * db;
       if (kWeighted) {
-        ha = load<F16>(pairs.even_importance + i), hb = load<F16>(pairs.odd_importance + i);
+        ha = load<FPart>(pairs.even_importance + i), hb = load<FPart>(pairs.odd_importance + i);
         ea *= ha, eb *= hb;
       }
-      F16 error = ea + eb;
+      FPart error = ea + eb;
       if (any((a > tables.past) | (b > tables.past))) {
         const PairErrors errors = outlier_errors<kWeighted>(a, b, error, tables, ha, hb);
         const Choice choice = paper ? paper_choice(a, b, tables) : optimal_choice(errors);
         error = select(choice.even, errors.outlier_victim, select(choice.odd, errors.victim_outlier, error));
       }
-      lanes += error;
+      lanes[part] += error;
     }
-    total += fold(lanes);
+    total += fold(static_cast<const void*>(lanes));
   }
   return total;
 }
@@ -126,18 +121,18 @@ inline double plain_error(const Pairs& pairs, const Tables& tables, float invers
   double total = 0.0;
   for (int64_t start = 0; start < pairs.count; start += kChunk / 2) {
     const int64_t end = pairs.count < start + kChunk / 2 ? pairs.count : start + kChunk / 2;
-    F16 lanes = {};
-    for (int64_t i = start; i < end; i += kLanes) {
-      const F16 a = load<F16>(pairs.even + i) * inverse, b = load<F16>(pairs.odd + i) * inverse;
-      const F16 da = a - nearest<16>(a, tables.plain, tables.plain_mid);
-      const F16 db = b - nearest<16>(b, tables.plain, tables.plain_mid);
-      F16 ea = da * da, eb = db * db;
+    FPart lanes[kParts] = {};
+    for (int64_t i = start, part = 0; i < end; i += kPart, part = (part + 1) % kParts) {
+      const FPart a = load<FPart>(pairs.even + i) * inverse, b = load<FPart>(pairs.odd + i) * inverse;
+      const FPart da = a - nearest<16>(a, tables.plain, tables.plain_mid);
+      const FPart db = b - nearest<16>(b, tables.plain, tables.plain_mid);
+      FPart ea = da * da, eb = db * db;
       if (kWeighted) {
-        ea *= load<F16>(pairs.even_importance + i), eb *= load<F16>(pairs.odd_importance + i);
+        ea *= load<FPart>(pairs.even_importance + i), eb *= load<FPart>(pairs.odd_importance + i);
       }
-      lanes += ea + eb;
+      lanes[part] += ea + eb;
     }
-    total += fold(lanes);
+    total += fold(static_cast<const void*>(lanes));
   }
   return total;
 }
@@ -223,41 +218,57 @@ inline Pairs load_pairs(const Weight& weight, const float* importance, int64_t r
 
 // Largest magnitude and ordered sum of squares; false = a value is not finite.
 inline bool statistics(const Pairs& pairs, float* largest, double* energy) {
-  F16 most = {};
+  FPart most[kParts] = {};
   double total = 0.0;
-  I16 bad = {};
+  IPart bad = {};
   for (int64_t start = 0; start < pairs.count; start += kChunk / 2) {
     const int64_t end = pairs.count < start + kChunk / 2 ? pairs.count : start + kChunk / 2;
-    F16 lanes = {};
-    for (int64_t i = start; i < end; i += kLanes) {
-      const F16 a = load<F16>(pairs.even + i), b = load<F16>(pairs.odd + i);
-      lanes += a * a + b * b;
-      const F16 ma = absolute(a), mb = absolute(b);
+    FPart lanes[kParts] = {};
+    for (int64_t i = start, part = 0; i < end; i += kPart, part = (part + 1) % kParts) {
+      const FPart a = load<FPart>(pairs.even + i), b = load<FPart>(pairs.odd + i);
+      lanes[part] += a * a + b * b;
+      const FPart ma = absolute(a), mb = absolute(b);
       bad |= (as_int(ma) >= 0x7F800000) | (as_int(mb) >= 0x7F800000);
-      most = select(ma > most, ma, most);
-      most = select(mb > most, mb, most);
+      most[part] = select(ma > most[part], ma, most[part]);
+      most[part] = select(mb > most[part], mb, most[part]);
     }
-    total += fold(lanes);
+    total += fold(static_cast<const void*>(lanes));
   }
   *largest = reduce_max(most);
   *energy = total;
   return !any(bad);
 }
 
+// The low byte of every lane.
+typedef int8_t BPart __attribute__((vector_size(kPart)));
+inline BPart narrow(IPart value) {
+#if defined(__AVX2__) && !defined(__AVX512F__)
+  const __m256i bytes = _mm256_shuffle_epi8(
+      reinterpret_cast<__m256i>(value), _mm256_setr_epi8(0, 4, 8, 12, -1, -1, -1, -1, -1, -1, -1, -1, -1, -1, -1, -1, 0,
+                                                         4, 8, 12, -1, -1, -1, -1, -1, -1, -1, -1, -1, -1, -1, -1));
+  const int32_t halves[2] = {_mm256_extract_epi32(bytes, 0), _mm256_extract_epi32(bytes, 4)};
+  BPart result;
+  __builtin_memcpy(&result, halves, sizeof(result));
+  return result;
+#else
+  return __builtin_convertvector(value, BPart);
+#endif
+}
+
 inline void encode_pairs(const Pairs& pairs, const Tables& tables, int16_t stored, bool paper, int64_t count,
                          uint8_t* codes) {
   const float inverse = 1.0f / scale_value(stored);
   const bool plain = scale_is_plain(stored);
-  for (int64_t i = 0; i < count; i += kLanes) {
-    const F16 ta = load<F16>(pairs.even + i) * inverse, tb = load<F16>(pairs.odd + i) * inverse;
-    I16 low, high;
+  for (int64_t i = 0; i < count; i += kPart) {
+    const FPart ta = load<FPart>(pairs.even + i) * inverse, tb = load<FPart>(pairs.odd + i) * inverse;
+    IPart low, high;
     if (plain) {
       low = nearest_index<16>(ta, tables.plain_mid);
       high = nearest_index<16>(tb, tables.plain_mid);
     } else {
-      const F16 a = absolute(ta), b = absolute(tb);
-      const I16 sign_a = (ta < 0.0f) & 8, sign_b = (tb < 0.0f) & 8;
-      const I16 na = nearest_index<8>(a, tables.normal_mid), nb = nearest_index<8>(b, tables.normal_mid);
+      const FPart a = absolute(ta), b = absolute(tb);
+      const IPart sign_a = (ta < 0.0f) & 8, sign_b = (tb < 0.0f) & 8;
+      const IPart na = nearest_index<8>(a, tables.normal_mid), nb = nearest_index<8>(b, tables.normal_mid);
       low = na | (sign_a & (na != 0));
       high = nb | (sign_b & (nb != 0));
       if (any((a > tables.past) | (b > tables.past))) {
@@ -265,28 +276,24 @@ inline void encode_pairs(const Pairs& pairs, const Tables& tables, int16_t store
         if (paper) {
           choice = paper_choice(a, b, tables);
         } else {
-          const F16 da = a - nearest<8>(a, tables.normal, tables.normal_mid);
-          const F16 db = b - nearest<8>(b, tables.normal, tables.normal_mid);
+          const FPart da = a - nearest<8>(a, tables.normal, tables.normal_mid);
+          const FPart db = b - nearest<8>(b, tables.normal, tables.normal_mid);
           if (pairs.even_importance != nullptr) {
-            const F16 ha = load<F16>(pairs.even_importance + i), hb = load<F16>(pairs.odd_importance + i);
+            const FPart ha = load<FPart>(pairs.even_importance + i), hb = load<FPart>(pairs.odd_importance + i);
             choice = optimal_choice(outlier_errors<true>(a, b, da * da * ha + db * db * hb, tables, ha, hb));
           } else {
-            choice = optimal_choice(outlier_errors<false>(a, b, da * da + db * db, tables, F16{}, F16{}));
+            choice = optimal_choice(outlier_errors<false>(a, b, da * da + db * db, tables, FPart{}, FPart{}));
           }
         }
-        const I16 oa = (nearest_index<7>(a, tables.outlier_mid) + 1) | sign_a;
-        const I16 ob = (nearest_index<7>(b, tables.outlier_mid) + 1) | sign_b;
-        const I16 victim = I16{} + kIdentifier;
+        const IPart oa = (nearest_index<7>(a, tables.outlier_mid) + 1) | sign_a;
+        const IPart ob = (nearest_index<7>(b, tables.outlier_mid) + 1) | sign_b;
+        const IPart victim = IPart{} + kIdentifier;
         low = choice.even ? oa : choice.odd ? victim : low;
         high = choice.odd ? ob : choice.even ? victim : high;
       }
     }
-    const B16 bytes = __builtin_convertvector(low | (high << 4), B16);
-    if (i + kLanes <= count) {
-      store(codes + i, bytes);
-    } else {
-      __builtin_memcpy(codes + i, &bytes, static_cast<size_t>(count - i));
-    }
+    const auto bytes = narrow(low | (high << 4));
+    __builtin_memcpy(codes + i, &bytes, static_cast<size_t>(count - i < kPart ? count - i : kPart));
   }
 }
 

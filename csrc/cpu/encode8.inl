@@ -9,57 +9,57 @@
 constexpr float kLeastOutlier = 144.0f, kMostOutlier = 32768.0f;
 constexpr uint8_t kIdentifier8 = 0x80;
 
-inline F16 clamp(F16 value, float least, float most) {
-  const F16 low = splat(least), high = splat(most);
+inline FPart clamp(FPart value, float least, float most) {
+  const FPart low = splat_part(least), high = splat_part(most);
   value = select(value > low, value, low);
   return select(value < high, value, high);
 }
 
 // To the nearest integer, ties to even, for |value| <= 2^22.
-inline F16 round_even(F16 value) {
-  const F16 magic = splat(12582912.0f);
+inline FPart round_even(FPart value) {
+  const FPart magic = splat_part(12582912.0f);
   return (value + magic) - magic;
 }
 
-inline F16 nearest_normal8(F16 t) { return round_even(clamp(t, -127.0f, 127.0f)); }
+inline FPart nearest_normal8(FPart t) { return round_even(clamp(t, -127.0f, 127.0f)); }
 
-inline F16 nearest_outlier8(F16 magnitude) {
-  const F16 t = clamp(magnitude, kLeastOutlier, kMostOutlier);
+inline FPart nearest_outlier8(FPart magnitude) {
+  const FPart t = clamp(magnitude, kLeastOutlier, kMostOutlier);
   // Dropping 20 bits of the pattern keeps four significant bits; half a unit less one rounds ties down.
   return as_float((as_int(t) + 0x7FFFF) & ~0xFFFFF);
 }
 
-inline I16 outlier_code8(F16 level) {  // of nearest_outlier8: exponent 0 is 2^7
+inline IPart outlier_code8(FPart level) {  // of nearest_outlier8: exponent 0 is 2^7
   return (as_int(level) >> 20) - ((127 + 7) << 3);
 }
 
 struct Pair8 {
-  F16 even, odd;          // levels, with sign; a victim is 0
-  I16 even_out, odd_out;  // which of the two is an outlier
-  F16 error;              // squared, in units of the scale
+  FPart even, odd;          // levels, with sign; a victim is 0
+  IPart even_out, odd_out;  // which of the two is an outlier
+  FPart error;              // squared, in units of the scale
 };
 
-inline Pair8 encode_pair8(F16 a, F16 b, bool paper) {
-  const F16 na = nearest_normal8(a), nb = nearest_normal8(b);
-  const F16 da = a - na, db = b - nb;
-  Pair8 pair = {na, nb, I16{}, I16{}, da * da + db * db};
-  const F16 ma = absolute(a), mb = absolute(b);
+inline Pair8 encode_pair8(FPart a, FPart b, bool paper) {
+  const FPart na = nearest_normal8(a), nb = nearest_normal8(b);
+  const FPart da = a - na, db = b - nb;
+  Pair8 pair = {na, nb, IPart{}, IPart{}, da * da + db * db};
+  const FPart ma = absolute(a), mb = absolute(b);
   // Up to here an outlier costs more than the normal: |t| <= 127 is off by at most 1/2, the least outlier by 17.
   if (!any((ma > 127.5f) | (mb > 127.5f))) return pair;
-  const F16 oa = nearest_outlier8(ma), ob = nearest_outlier8(mb);
-  const F16 ea = ma - oa, eb = mb - ob;
-  const F16 outlier_victim = ea * ea + mb * mb, victim_outlier = ma * ma + eb * eb;
+  const FPart oa = nearest_outlier8(ma), ob = nearest_outlier8(mb);
+  const FPart ea = ma - oa, eb = mb - ob;
+  const FPart outlier_victim = ea * ea + mb * mb, victim_outlier = ma * ma + eb * eb;
   if (paper) {
-    const F16 past = splat((127.0f + kLeastOutlier) * 0.5f);
-    const I16 past_a = ma > past, past_b = mb > past;
+    const FPart past = splat_part((127.0f + kLeastOutlier) * 0.5f);
+    const IPart past_a = ma > past, past_b = mb > past;
     pair.even_out = past_a & (~past_b | (ma >= mb));
     pair.odd_out = past_b & ~pair.even_out;
   } else {
     pair.even_out = (outlier_victim < pair.error) & (outlier_victim <= victim_outlier);
     pair.odd_out = (victim_outlier < pair.error) & ~pair.even_out;
   }
-  pair.even = select(pair.even_out, select(a < 0.0f, -oa, oa), select(pair.odd_out, F16{}, na));
-  pair.odd = select(pair.odd_out, select(b < 0.0f, -ob, ob), select(pair.even_out, F16{}, nb));
+  pair.even = select(pair.even_out, select(a < 0.0f, -oa, oa), select(pair.odd_out, FPart{}, na));
+  pair.odd = select(pair.odd_out, select(b < 0.0f, -ob, ob), select(pair.even_out, FPart{}, nb));
   pair.error = select(pair.even_out, outlier_victim, select(pair.odd_out, victim_outlier, pair.error));
   return pair;
 }
@@ -68,11 +68,12 @@ inline double error8(const Pairs& pairs, float inverse, bool paper) {
   double total = 0.0;
   for (int64_t start = 0; start < pairs.count; start += kChunk / 2) {
     const int64_t end = pairs.count < start + kChunk / 2 ? pairs.count : start + kChunk / 2;
-    F16 lanes = {};
-    for (int64_t i = start; i < end; i += kLanes) {
-      lanes += encode_pair8(load<F16>(pairs.even + i) * inverse, load<F16>(pairs.odd + i) * inverse, paper).error;
+    FPart lanes[kParts] = {};
+    for (int64_t i = start, part = 0; i < end; i += kPart, part = (part + 1) % kParts) {
+      lanes[part] +=
+          encode_pair8(load<FPart>(pairs.even + i) * inverse, load<FPart>(pairs.odd + i) * inverse, paper).error;
     }
-    total += fold(lanes);
+    total += fold(static_cast<const void*>(lanes));
   }
   return total;
 }
@@ -107,18 +108,19 @@ inline bool search_group8(const Pairs& pairs, const Search& search, int64_t colu
 
 inline void encode_pairs8(const Pairs& pairs, int16_t stored, bool paper, int64_t count, uint8_t* codes) {
   const float inverse = 1.0f / scale_value(stored);
-  for (int64_t i = 0; i < count; i += kLanes) {
-    const F16 a = load<F16>(pairs.even + i) * inverse, b = load<F16>(pairs.odd + i) * inverse;
+  for (int64_t i = 0; i < count; i += kPart) {
+    const FPart a = load<FPart>(pairs.even + i) * inverse, b = load<FPart>(pairs.odd + i) * inverse;
     const Pair8 pair = encode_pair8(a, b, paper);
-    const auto code = [](F16 level, I16 out, I16 partner_out) {
-      const I16 outlier = outlier_code8(absolute(level)) | ((level < 0.0f) & 0x80);
-      const I16 normal = __builtin_convertvector(level, I16) & 0xFF;
-      return out ? outlier : partner_out ? I16{} + kIdentifier8 : normal;
+    const auto code = [](FPart level, IPart out, IPart partner_out) {
+      const IPart outlier = outlier_code8(absolute(level)) | ((level < 0.0f) & 0x80);
+      const IPart normal = __builtin_convertvector(level, IPart) & 0xFF;
+      return out ? outlier : partner_out ? IPart{} + kIdentifier8 : normal;
     };
-    const I16 low = code(pair.even, pair.even_out, pair.odd_out), high = code(pair.odd, pair.odd_out, pair.even_out);
-    uint16_t bytes[kLanes];
-    store(bytes, __builtin_convertvector(low | (high << 8), H16));
-    const int64_t rest = count - i < kLanes ? count - i : kLanes;
+    const IPart low = code(pair.even, pair.even_out, pair.odd_out), high = code(pair.odd, pair.odd_out, pair.even_out);
+    const IPart both = low | (high << 8);
+    uint16_t bytes[kPart];
+    for (int j = 0; j < kPart; ++j) bytes[j] = static_cast<uint16_t>(both[j]);
+    const int64_t rest = count - i < kPart ? count - i : kPart;
     __builtin_memcpy(codes + 2 * i, bytes, static_cast<size_t>(2 * rest));
   }
 }

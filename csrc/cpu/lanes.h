@@ -23,6 +23,18 @@ typedef int16_t S16 __attribute__((vector_size(32)));
 typedef uint16_t H16 __attribute__((vector_size(32)));
 typedef int8_t B16 __attribute__((vector_size(16)));
 
+// The sixteen lanes as registers: one of sixteen with AVX-512, two of eight elsewhere. Long chains of operations on F16
+// go through memory where it is two registers; on parts they do not.
+#if defined(__AVX512F__)
+typedef F16 FPart;
+typedef I16 IPart;
+#else
+typedef float FPart __attribute__((vector_size(32)));
+typedef int32_t IPart __attribute__((vector_size(32)));
+#endif
+constexpr int kPart = sizeof(FPart) / sizeof(float);
+constexpr int kParts = kLanes / kPart;
+
 template <class V>
 inline V load(const void* from) {
   V value;
@@ -59,6 +71,8 @@ inline I16 as_int(F16 value) { return reinterpret_cast<I16>(value); }
 inline F16 absolute(F16 value) { return as_float(as_int(value) & 0x7FFFFFFF); }
 inline F16 select(I16 mask, F16 yes, F16 no) { return mask ? yes : no; }
 
+inline FPart splat_part(float value) { return FPart{} + value; }
+
 inline bool any(I16 mask) {
 #if defined(__AVX512F__)
   return _mm512_test_epi32_mask(reinterpret_cast<__m512i>(mask), reinterpret_cast<__m512i>(mask)) != 0;
@@ -71,21 +85,44 @@ inline bool any(I16 mask) {
 #endif
 }
 
+#if !defined(__AVX512F__)
+inline FPart as_float(IPart bits) { return reinterpret_cast<FPart>(bits); }
+inline IPart as_int(FPart value) { return reinterpret_cast<IPart>(value); }
+inline FPart absolute(FPart value) { return as_float(as_int(value) & 0x7FFFFFFF); }
+inline FPart select(IPart mask, FPart yes, FPart no) { return mask ? yes : no; }
+inline bool any(IPart mask) {
+#if defined(__AVX2__)
+  return _mm256_movemask_ps(reinterpret_cast<__m256>(mask)) != 0;
+#else
+  int64_t words[4];
+  __builtin_memcpy(words, &mask, sizeof(words));
+  return (words[0] | words[1] | words[2] | words[3]) != 0;
+#endif
+}
+#endif
+
 inline float reduce_max(F16 value) {
   float most = value[0];
   for (int i = 1; i < kLanes; ++i) most = value[i] > most ? value[i] : most;
   return most;
 }
 
+inline float reduce_max(const FPart* parts) {
+  F16 all;
+  __builtin_memcpy(&all, parts, sizeof(all));
+  return reduce_max(all);
+}
+
 // Fold 8, 4, 2, 1: the order of ops/reference.py, ordered_sum.
-inline float fold(F16 value) {
+inline float fold(const void* sixteen_lanes) {
   float lanes[kLanes];
-  store(lanes, value);
+  __builtin_memcpy(lanes, sixteen_lanes, sizeof(lanes));
   for (int half = kLanes / 2; half > 0; half /= 2) {
     for (int i = 0; i < half; ++i) lanes[i] += lanes[i + half];
   }
   return lanes[0];
 }
+inline float fold(F16 value) { return fold(static_cast<const void*>(&value)); }
 
 inline F16 load_f16(const uint16_t* from) {
 #if defined(__AVX512F__)

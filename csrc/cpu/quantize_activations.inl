@@ -31,8 +31,8 @@ struct LevelBuffer {
 };
 
 inline bool all_finite(const float* values, int64_t count) {
-  I16 bad = {};
-  for (int64_t i = 0; i < count; i += kLanes) bad |= as_int(absolute(load<F16>(values + i))) >= 0x7F800000;
+  IPart bad = {};
+  for (int64_t i = 0; i < count; i += kPart) bad |= as_int(absolute(load<FPart>(values + i))) >= 0x7F800000;
   return !any(bad);
 }
 
@@ -41,17 +41,17 @@ inline float int8_levels(const float* values, int64_t padded, const int16_t* sta
   if (static_scale != nullptr) {
     scale = scale_value(*static_scale);
   } else {
-    F16 most = {};
-    for (int64_t i = 0; i < padded; i += kLanes) {
-      const F16 magnitude = absolute(load<F16>(values + i));
-      most = select(magnitude > most, magnitude, most);
+    FPart most[kParts] = {};
+    for (int64_t i = 0, part = 0; i < padded; i += kPart, part = (part + 1) % kParts) {
+      const FPart magnitude = absolute(load<FPart>(values + i));
+      most[part] = select(magnitude > most[part], magnitude, most[part]);
     }
     const float largest = reduce_max(most);
     scale = largest < kTiny ? 1.0f : largest / 127.0f;
   }
   const float inverse = 1.0f / scale;
-  for (int64_t i = 0; i < padded; i += kLanes) {
-    store(levels + i, nearest_normal8(load<F16>(values + i) * inverse));
+  for (int64_t i = 0; i < padded; i += kPart) {
+    store(levels + i, nearest_normal8(load<FPart>(values + i) * inverse));
   }
   return scale;
 }
@@ -86,10 +86,10 @@ inline float group_levels(const ActivationSource& source, const ActivationTables
   } else {
     if (format.static_scale == nullptr) search_group8(pairs, format.search, end - begin, &stored);
     const float inverse = 1.0f / scale_value(stored);
-    for (int64_t i = 0; i < padded / 2; i += kLanes) {
-      const F16 a = load<F16>(pairs.even + i) * inverse, b = load<F16>(pairs.odd + i) * inverse;
+    for (int64_t i = 0; i < padded / 2; i += kPart) {
+      const FPart a = load<FPart>(pairs.even + i) * inverse, b = load<FPart>(pairs.odd + i) * inverse;
       const Pair8 pair = encode_pair8(a, b, format.search.paper_pairing);
-      for (int j = 0; j < kLanes; ++j) {
+      for (int j = 0; j < kPart; ++j) {
         levels[2 * (i + j)] = pair.even[j];
         levels[2 * (i + j) + 1] = pair.odd[j];
       }
