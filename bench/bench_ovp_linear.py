@@ -1,8 +1,9 @@
 """`ovp_linear` (W4A16) and `ovp_linear_quantized` (W4A8, W4A4) against other linears, with cold weights.
 
 Peers: `torch.nn.functional.linear` in bfloat16 and float32, torch's int4 CPU operator
-`aten::_weight_int4pack_mm_for_cpu`, torchao's W4A8 operator where a torchao with its CPU kernel is installed;
-and what reading as many bytes from memory takes.
+`aten::_weight_int4pack_mm_for_cpu`, torchao's W4A8 operator where a torchao with its CPU kernel is installed,
+ggml's Q4_0 and Q4_K where `OLIVE_GGML` names its library (`bench.ggml_peer`; both are W4A8: ggml quantizes
+activations to 8 bits); and what reading as many bytes from memory takes.
 Each result is checked against the decoded weight before it is timed.
 
     python -m bench.bench_ovp_linear            # all shapes, about 15 minutes on two cores
@@ -22,15 +23,17 @@ from rich.table import Table
 from torch import Tensor
 from torch.nn.functional import linear
 
+from bench import ggml_peer
 from bench.common import RESULTS, append_csv, environment
 from bench.quantized_linears import ACTIVATIONS, da8w4_call, quantized_call, quantized_input
-from bench.timing import Timing, copies_for, take_turns
+from bench.timing import Timing, copies_for, host_seconds, take_turns
 from olive import QuantConfig, ops
 from olive.ptq import quantize_weight
 
 SHAPES = ((4096, 4096), (11008, 4096), (4096, 11008), (14336, 4096))  # N, K
 ROWS = (1, 16, 256, 1024)  # M
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+GGML_BLOCK = 256  # columns that Q4_K packs together
 Call = Callable[[int], Tensor]
 
 
@@ -102,6 +105,10 @@ def bench_shape(
     decoded = ops.ovp_decode(
         quantized.codes, quantized.scale, quantized.codebook, k, group_size, torch.float32
     )
+    ggml: dict[str, ggml_peer.GgmlWeight] = {}
+    if ggml_peer.ggml_version() and k % GGML_BLOCK == 0:
+        copies = copies_for(n * k // 2, cold_bytes)
+        ggml = {f"ggml_{kind}": ggml_peer.GgmlWeight(weight, kind, copies) for kind in ggml_peer.KINDS}
     halves = [weight.to(dtype) for _ in range(copies_for(2 * n * k, cold_bytes))]
     singles = [weight.clone() for _ in range(copies_for(4 * n * k, cold_bytes))]
     lines: list[dict[str, Any]] = []
@@ -125,9 +132,13 @@ def bench_shape(
             torchao_call = da8w4_call(x, n, k, group_size, cold_bytes)
             if torchao_call is not None:
                 candidates["torchao_w4a8"] = torchao_call
-        timings = take_turns(candidates, seconds)
+        for name, peer in ggml.items():
+            candidates[name] = call = peer.call(x, torch.get_num_threads())
+            check_error(name, relative_error(call(0), x.double() @ peer.decoded.double().T), 0.02)
+        timings = take_turns(candidates, seconds, clock=ggml_peer.seconds if ggml else host_seconds)
         bytes_read = {name: ovp_bytes for name in ("olive", "memory_read", *ACTIVATIONS)}
         bytes_read.update({"torch_half": 2 * n * k, "torch_float32": 4 * n * k})
+        bytes_read.update({name: peer.bytes_per_copy for name, peer in ggml.items()})
         for name, timing in timings.items():
             size = bytes_read.get(name, n * k // 2)
             baseline = timings["torch_half"]

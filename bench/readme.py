@@ -30,7 +30,15 @@ PEERS = (  # backend, title
     ("torch_float32", "torch float32"),
     ("torch_int4", "torch int4"),
     ("torchao_w4a8", "torchao W4A8"),
+    ("ggml_q4_0", "ggml Q4_0"),
+    ("ggml_q4_k", "ggml Q4_K"),
 )
+OURS_QUANTIZED = (
+    ("olive_w4a8", "W4A8"),
+    ("olive_w4a8_groups", "W4A8, groups"),
+    ("olive_w4a4", "W4A4"),
+)
+ISAS = ("portable", "avx2", "avx512", "avx512_vnni", "amx")  # slowest first
 
 
 def measured(rows: Iterable[Row], command: str) -> str:
@@ -76,10 +84,65 @@ def quality_table(rows: list[Row]) -> str:
     return f"{table}\n\n{measured(used, 'python -m bench.bench_quality')}"
 
 
+Cells = dict[tuple[int, int, int, str], Row]  # by M, N, K and backend
+
+
+def linear_cells(rows: list[Row], backend: str) -> Cells:
+    """Rows of the newest runs on the best instruction set that `backend` was measured on.
+
+    Speed-ups are within a run, and a table of one processor is one that a reader can use.
+    """
+    rows = [row for row in rows if row["group_size"] == GROUP_SIZE and row["dtype"] == "bfloat16"]
+
+    def run(row: Row) -> tuple[str, ...]:
+        return row["machine"], row["threads"], row["commit"], row["date"]
+
+    isas = {
+        run(row): row["backend"].partition(" ")[2] for row in rows if row["backend"].split()[0] == backend
+    }
+    best = max(isas.values(), key=ISAS.index, default="")
+    return {
+        (int(row["m"]), int(row["n"]), int(row["k"]), row["backend"].split()[0]): row
+        for row in rows
+        if isas.get(run(row)) == best
+    }
+
+
+def kernels_used(used: list[Row]) -> str:
+    """Where the figures come from and which of our kernels ran."""
+    isas = dict.fromkeys(row["backend"].partition(" ")[2] for row in used)
+    where = measured(used, "python -m bench.bench_ovp_linear")
+    return f"{where} OliVe ran on its {' and '.join(isas)} kernels."
+
+
+def quantized_table(rows: list[Row]) -> str:
+    """W4A8 and W4A4: one line per shape and M, speed-ups over torch's bfloat16 linear."""
+    cells = linear_cells(rows, "olive_w4a8")
+    shown = [("olive", "W4A16"), *OURS_QUANTIZED, *PEERS[1:]]
+    shown = [(key, title) for key, title in shown if any(cell[3] == key for cell in cells)]
+    lines = []
+    used = []
+    for m, n, k in sorted({key[:3] for key in cells if key[3] == "olive_w4a8"}):
+        ours = cells[m, n, k, "olive_w4a8"]
+        used.append(ours)
+        memory = cells.get((m, n, k, "memory_read"))
+        share = "" if memory is None else f"{float(memory['median_ms']) / float(ours['median_ms']):.0%}"
+        line = [f"{n} x {k}", str(m), f"{float(ours['median_ms']):.3f}", share]
+        speedups = {key: float(cells[m, n, k, key]["speedup"]) for key, _ in shown if (m, n, k, key) in cells}
+        best = max([1.0, *speedups.values()])  # 1.0 is torch's bfloat16
+        for key, _ in shown:
+            text = f"{speedups[key]:.2f}" if key in speedups else ""
+            line.append(f"**{text}**" if speedups.get(key) == best else text)
+        lines.append(line)
+    if not lines:
+        return "No figures yet: `python -m bench.bench_ovp_linear` writes them."
+    header = ["N x K", "M", "W4A8, ms", "of memory speed", *(title for _, title in shown)]
+    return f"{markdown(header, lines)}\n\n{kernels_used(used)}"
+
+
 def linear_table(rows: list[Row]) -> str:
     """One line per shape and M: our time and bandwidth, and speed-ups over torch's bfloat16 linear."""
-    rows = [row for row in rows if row["group_size"] == GROUP_SIZE and row["dtype"] == "bfloat16"]
-    cells = {(int(row["m"]), int(row["n"]), int(row["k"]), row["backend"].split()[0]): row for row in rows}
+    cells = linear_cells(rows, "olive")
     peers = [(key, title) for key, title in PEERS if any(cell[3] == key for cell in cells)]
     lines = []
     used = []
@@ -94,9 +157,7 @@ def linear_table(rows: list[Row]) -> str:
         line += [f"{float(speedup):.2f}" if speedup else "" for speedup in speedups]
         lines.append(line)
     header = ["N x K", "M", "OliVe, ms", "GB/s of codes", "OliVe", *(title for _, title in peers)]
-    isas = dict.fromkeys(row["backend"].partition(" ")[2] for row in used)
-    where = measured(used, "python -m bench.bench_ovp_linear")
-    return f"{markdown(header, lines)}\n\n{where} OliVe ran on its {' and '.join(isas)} kernels."
+    return f"{markdown(header, lines)}\n\n{kernels_used(used)}"
 
 
 def generate_table(rows: list[Row]) -> str:
@@ -118,6 +179,7 @@ def generate_table(rows: list[Row]) -> str:
 SECTIONS: dict[str, tuple[str, Callable[[list[Row]], str]]] = {
     "quality": ("quality.csv", quality_table),
     "ovp_linear": ("ovp_linear.csv", linear_table),
+    "ovp_linear_quantized": ("ovp_linear.csv", quantized_table),
     "generate": ("generate.csv", generate_table),
 }
 

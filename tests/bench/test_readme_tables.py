@@ -21,6 +21,8 @@ old
 between
 <!-- results:ovp_linear -->
 <!-- /results -->
+<!-- results:ovp_linear_quantized -->
+<!-- /results -->
 <!-- results:generate -->
 <!-- /results -->
 <!-- results:gpu_linear -->
@@ -97,6 +99,27 @@ def results(tmp_path: Path) -> Path:
     return tmp_path
 
 
+def test_quantized_table_shows_one_run_of_the_best_instruction_set() -> None:
+    slow, fast = {**PLACE, "date": "2026-02-01"}, {**PLACE, "date": "2026-01-01"}
+    rows = [
+        {**linear("olive_w4a8 amx", "1", "0.5", "4.0"), **fast},
+        {**linear("memory_read", "1", "0.4", "5.0"), **fast},
+        {**linear("olive amx", "1", "0.6", "3.0"), **fast},
+        {**linear("ggml_q4_0", "1", "0.45", "4.5"), **fast},
+        {**linear("olive_w4a8 avx2", "1", "9", "9"), **slow},
+        {**linear("olive_w4a4 avx2", "1", "9", "9"), **slow},
+    ]
+    assert readme.quantized_table(rows) == (
+        "| N x K | M | W4A8, ms | of memory speed | W4A16 | W4A8 | ggml Q4_0 |\n"
+        "| --- | ---: | ---: | ---: | ---: | ---: | ---: |\n"
+        "| 64 x 256 | 1 | 0.500 | 80% | 3.00 | 4.00 | **4.50** |\n"
+        "\n"
+        "Reproduce with `python -m bench.bench_ovp_linear`. "
+        "Measured on a chip, 2 cores, 2 threads, torch 2.13.0, commit abc, 2026-01-01. "
+        "OliVe ran on its amx kernels."
+    )
+
+
 def test_tables(results: Path) -> None:
     assert readme.render(PAGE, results) == (
         "# Title\n"
@@ -120,6 +143,9 @@ def test_tables(results: Path) -> None:
         "Reproduce with `python -m bench.bench_ovp_linear`. "
         "Measured on a chip, 2 cores, 2 threads, torch 2.13.0, commit abc, 2026-01-02. "
         "OliVe ran on its avx512_vnni kernels.\n"
+        "<!-- /results -->\n"
+        "<!-- results:ovp_linear_quantized -->\n"
+        "No figures yet: `python -m bench.bench_ovp_linear` writes them.\n"
         "<!-- /results -->\n"
         "<!-- results:generate -->\n"
         "| model | tokens per second | speed-up |\n"
