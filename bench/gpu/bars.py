@@ -24,6 +24,10 @@ SPEEDUPS: dict[tuple[int, int], tuple[float, ...]] = {  # N, K: times cuBLAS bfl
     (28672, 8192): (3.5, 3.2, 2.0, 1.0, 1.0),
     (73728, 12288): (3.5, 3.2, 2.0, 1.0, 1.0),
 }
+QUANTIZED_ROWS = (1, 16, 64, 1024, 4096)  # M
+QUANTIZED_KINDS = {"olive_w4a8": "W4A8", "olive_w4a8_row": "W4A8, a scale per row"}
+# Few rows: no slower than with 16-bit activations. Many: 1.4 times cuBLAS, of the 2 that int8 would give.
+QUANTIZED_SPEEDUPS = {shape: (*bars[:3], 1.4, 1.4) for shape, bars in SPEEDUPS.items()}
 _WEIGHTS_7B = 7e3  # millions
 
 
@@ -33,12 +37,13 @@ class Bar:
 
     Args:
         title: what it is about.
-        op, column: where it is in the CSV, among the rows of backend "olive".
+        op, column: where it is in the CSV.
         bar: to reach, in the unit of the title.
         at_least: whether more is better.
         match: columns that the row must have.
         factor: from the column to the title's unit; with `inverse`, factor / column.
         inverse: see factor.
+        backend: whose row counts.
     """
 
     title: str
@@ -49,13 +54,14 @@ class Bar:
     match: dict[str, int] = field(default_factory=dict)
     factor: float = 1.0
     inverse: bool = False
+    backend: str = "olive"
 
     def measured(self, rows: Iterable[Row]) -> float | None:
         """The last figure among the rows; None if there is none."""
         values = [
             float(row[self.column])
             for row in rows
-            if row["op"] == self.op and row["backend"] == "olive" and row[self.column]
+            if row["op"] == self.op and row["backend"] == self.backend and row[self.column]
             if all(row[name] == str(value) for name, value in self.match.items())
         ]
         if not values:
@@ -74,9 +80,10 @@ class Bar:
         return f"{figure:.2f} / {self.bar:g} {'met' if self.met(figure) else 'missed'}"
 
 
-def speedup_bar(n: int, k: int, m: int, bar: float) -> Bar:
+def speedup_bar(n: int, k: int, m: int, bar: float, backend: str = "olive") -> Bar:
     """Times cuBLAS at one shape and M."""
-    return Bar(f"{n} x {k}, M {m}", "ovp_linear", "speedup", bar, match={"m": m, "n": n, "k": k})
+    match = {"m": m, "n": n, "k": k}
+    return Bar(f"{n} x {k}, M {m}", "ovp_linear", "speedup", bar, match=match, backend=backend)
 
 
 def bandwidth_bar(n: int, k: int) -> Bar:
@@ -97,16 +104,26 @@ OTHERS = (
 )  # fmt: skip
 
 
-def tables(rows: Sequence[Row]) -> tuple[Table, Table]:
-    """Shape by M, and the other figures: measured / bar, met or missed."""
+def tables(rows: Sequence[Row]) -> tuple[Table, Table, Table]:
+    """Shape by M, the same for quantized activations, and the others: measured / bar, met or missed."""
     linear = Table("N x K", *(f"M {m}" for m in BAR_ROWS), title="ovp_linear: times cuBLAS bfloat16 / bar")
     for (n, k), bars in SPEEDUPS.items():
         pairs = zip(BAR_ROWS, bars, strict=True)
         linear.add_row(f"{n} x {k}", *(speedup_bar(n, k, m, bar).text(rows) for m, bar in pairs))
+    quantized = Table(
+        "N x K",
+        *(f"M {m}" for m in QUANTIZED_ROWS),
+        title="ovp_linear_quantized: times cuBLAS bfloat16 / bar",
+    )
+    for backend, title in QUANTIZED_KINDS.items():
+        for (n, k), bars in QUANTIZED_SPEEDUPS.items():
+            pairs = zip(QUANTIZED_ROWS, bars, strict=True)
+            cells = (speedup_bar(n, k, m, bar, backend).text(rows) for m, bar in pairs)
+            quantized.add_row(f"{title}: {n} x {k}", *cells)
     others = Table("figure", "measured / bar")
     for other in OTHERS:
         others.add_row(other.title, other.text(rows))
-    return linear, others
+    return linear, quantized, others
 
 
 def show(rows: Sequence[Row]) -> None:

@@ -37,6 +37,8 @@ class Candidate:
         tolerance: the relative error allowed; None = twice that of cuBLAS.
         plan: M -> the kernel that runs, in words.
         most_products: M N K beyond which it is left out.
+        values: activations [M, K] -> float64, what they stand for in the product.
+        group_size: of the weight.
     """
 
     run: Callable[[Tensor, int], Tensor]
@@ -46,6 +48,8 @@ class Candidate:
     tolerance: float | None = None
     plan: Callable[[int], str] = lambda m: ""
     most_products: float = float("inf")
+    values: Callable[[Tensor], Tensor] = Tensor.double
+    group_size: int = GROUP
 
 
 Builder = Callable[[Problem], Candidate]

@@ -25,12 +25,12 @@ def random_weight(n: int, k: int) -> Tensor:
     return weight.bfloat16()
 
 
-def drawn_weight(n: int, k: int, device: torch.device) -> QuantizedWeight:
+def drawn_weight(n: int, k: int, device: torch.device, group_size: int = GROUP) -> QuantizedWeight:
     """A quantized weight [N, K] in the canonical layout.
 
     Quantized on the CPU, so that a GPU's multiplication is measured whether or not its encoder works.
     """
-    codes, scale, book = quantize_weight(random_weight(min(n, _ROWS), k), QuantConfig(group_size=GROUP))
+    codes, scale, book = quantize_weight(random_weight(min(n, _ROWS), k), QuantConfig(group_size=group_size))
     rows = torch.randint(0, codes.shape[0], (n,), generator=torch.Generator().manual_seed(n))
     rows = rows.to(device)
     return QuantizedWeight(codes.to(device)[rows], scale.to(device)[rows], book.to(device))

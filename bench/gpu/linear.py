@@ -1,4 +1,4 @@
-"""`ovp_linear` on a GPU against cuBLAS and other 4-bit kernels, weights from memory, groups of 128.
+"""`ovp_linear`, `ovp_linear_quantized` on a GPU: cuBLAS, other 4-bit kernels; weights from memory.
 
 python -m bench.gpu.linear            # about a minute and a half on an H200
 python -m bench.gpu.linear --tiny --device cpu
@@ -16,6 +16,7 @@ from bench.gpu.candidates import BASELINE, OURS, PEERS, Candidate, torch_bf16
 from bench.gpu.ceilings import copy_bandwidth, product_rate
 from bench.gpu.data import Problem
 from bench.gpu.measure import measure
+from bench.gpu.quantized import QUANTIZED
 from bench.gpu.results import Results, output_file
 
 OP = "ovp_linear"
@@ -35,13 +36,14 @@ def build(problem: Problem, results: Results) -> dict[str, Candidate]:
     """Every candidate there is; the others get a row that says why not."""
     candidates = {BASELINE: torch_bf16(problem)}
     shape = {"n": problem.n, "k": problem.k}
-    for key, builder in (OURS | PEERS).items():
+    ours = OURS | QUANTIZED
+    for key, builder in (ours | PEERS).items():
         try:
             candidates[key] = builder(problem)
         except (ImportError, NotImplementedError) as error:
             results.missing(OP, key, error, **shape)
         except Exception as error:
-            (results.fail if key in OURS else results.missing)(OP, key, error, **shape)
+            (results.fail if key in ours else results.missing)(OP, key, error, **shape)
     return candidates
 
 

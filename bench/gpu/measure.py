@@ -10,7 +10,7 @@ from torch import Tensor
 
 from bench.bench_ovp_linear import relative_error
 from bench.gpu.candidates import BASELINE, Candidate
-from bench.gpu.data import GROUP, Problem, ends
+from bench.gpu.data import Problem, ends
 from bench.gpu.device import Prepared, device_clock, prepare, synchronize
 from bench.gpu.results import Results
 from bench.timing import take_turns
@@ -30,7 +30,7 @@ def check(problem: Problem, candidate: Candidate, x: Tensor, limit: float) -> fl
     if tuple(out.shape) != shape or out.dtype != x.dtype:
         raise ValueError(f"result: expected {x.dtype} {shape}, got {out.dtype} {tuple(out.shape)}")
     tokens = ends(x.shape[0], _CHECKED_TOKENS, x.device)
-    expected = x[tokens].double() @ candidate.decoded.T
+    expected = candidate.values(x[tokens]) @ candidate.decoded.T
     error = relative_error(out[tokens][:, problem.checked], expected)
     if not error <= limit:
         raise ValueError(f"result: expected a relative error of at most {limit:.2g}, got {error:.2g}")
@@ -86,7 +86,7 @@ def measure(
     for key, timing in timings.items():
         candidate = candidates[key]
         rate = candidate.weight_bytes / timing.median
-        quantized = {} if key == BASELINE else {"group_size": GROUP}
+        quantized = {} if key == BASELINE else {"group_size": candidate.group_size}
         ours = {"codebook": "adaptive"} if name(key).startswith("olive") else {}
         results.add(
             op,

@@ -1,4 +1,4 @@
-"""`ovp_encode` (scale given), `ovp_decode` and the default search on a GPU, over a copy's bandwidth.
+"""`ovp_encode` (scale given), `ovp_decode`, `quantize_activations`, the default search: against a copy.
 
 python -m bench.gpu.quantize          # about 20 seconds on an H200
 python -m bench.gpu.quantize --tiny --device cpu
@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import torch
 import typer
@@ -20,7 +21,9 @@ from bench.gpu.device import device_clock, prepare, synchronize
 from bench.gpu.results import Results, output_file
 from bench.timing import Timing, take_turns
 from olive import QuantConfig, ops
+from olive.formats import CODEBOOKS
 from olive.ops.reference import ovp_decode_reference, ovp_encode_reference
+from olive.ops.reference_quantized import quantize_activations_reference
 from olive.ptq import quantize_weight
 from olive.ptq.search import QuantizedWeight
 
@@ -28,6 +31,7 @@ from olive.ptq.search import QuantizedWeight
 LARGE = (73728, 12288)
 LAYER = (14336, 4096)  # of an 8 B model: quantized one by one, as a model's weights are
 SEARCHED_WEIGHTS = 520_000_000
+ACTIVATION_ROWS = (1, 1024, 16384)  # M, of 4096 columns
 _CHECKED_ROWS = 16
 _CONFIG = QuantConfig(group_size=GROUP)
 
@@ -99,6 +103,33 @@ class Section:
             raise ValueError("ovp_decode: expected the reference's values, got others")
         self._time("ovp_decode", n, k, lambda: ops.ovp_decode(*weight, *size), waits=False)
 
+    def activations(self, m: int, k: int) -> None:
+        """bfloat16 to int8 levels; the first rows must be the reference's."""
+        book = CODEBOOKS["int4"].tensor().to(self.device)
+        kinds: dict[str, tuple[Any, ...]] = {
+            "int8": ("int8", -1, "optimal", None, None),
+            "int8 g128": ("int8", GROUP, "optimal", None, None),
+            "ovp4": ("ovp4", -1, "optimal", book, None),
+            "ovp4 g128": ("ovp4", GROUP, "optimal", book, None),
+        }
+        for kind, format in kinds.items():
+            x, arguments = random_bf16(m, k, self.device), (*format, torch.int8)
+            found = ops.quantize_activations(x, *arguments)
+            wanted = quantize_activations_reference(x[:_CHECKED_ROWS], *arguments)
+            if not all(
+                torch.equal(got[:_CHECKED_ROWS], want) for got, want in zip(found, wanted, strict=True)
+            ):
+                raise ValueError(f"quantize_activations {kind}: expected the reference's levels, got others")
+            call = partial(ops.quantize_activations, x, *arguments)
+            prepared = prepare(lambda _, call=call: call(), 1, self.device)  # type: ignore[misc]
+            launches = {kind: lambda _, it=prepared: it.launch()}
+            clock, calls = device_clock(self.device), {kind: prepared.calls}
+            timing = take_turns(launches, 0 if self.tiny else 0.2, clock=clock, calls=calls)[kind]
+            rate = 3 * m * k / timing.median  # two bytes read, one written
+            figures = {"gb_s": rate / 1e9, "of_copy": rate / self.copy, "note": prepared.note}
+            shape = {"plan": kind, "m": m, "k": k, "dtype": "bfloat16"}
+            self.results.add("quantize_activations", "olive", timing, **shape, **figures)
+
     def search(self, n: int, k: int) -> None:
         """The default search on fresh weights, by the host's clock: what a user waits for."""
         weights = n * k if self.tiny else SEARCHED_WEIGHTS
@@ -127,9 +158,14 @@ def main(
         section = Section(results, place, copy_bandwidth(results, place, tiny), tiny)
         large, layer = ((64, 256), (64, 256)) if tiny else (LARGE, LAYER)
         weight = drawn_weight(*large, place)
+        rows = (2,) if tiny else ACTIVATION_ROWS
         measurements: dict[str, Callable[[], None]] = {
             "ovp_decode": lambda: section.decode(*large, weight),
             "ovp_encode": lambda: section.encode(*large, weight),
+            **{
+                f"quantize_activations M {m}": partial(section.activations, m, 64 if tiny else 4096)
+                for m in rows
+            },
             "ovp_quantize": lambda: section.search(*layer),
         }
         for op, run in measurements.items():
@@ -137,7 +173,7 @@ def main(
                 run()
             except (RuntimeError, ValueError) as error:
                 synchronize(place)
-                results.fail(op, "olive", error)
+                results.fail(op.partition(" ")[0], "olive", error)
     raise typer.Exit(int(results.failed))
 
 

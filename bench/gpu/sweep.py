@@ -1,6 +1,6 @@
 """Every plan of the CUDA kernels at several M: what the thresholds of `olive.ops.gpu_dispatch` are set by.
 
-python -m bench.gpu.sweep             # about a minute and a half on an H200
+python -m bench.gpu.sweep             # about two minutes on an H200
 """
 
 from __future__ import annotations
@@ -15,14 +15,17 @@ from bench.gpu.candidates import BASELINE, olive_plans, torch_bf16
 from bench.gpu.ceilings import copy_bandwidth
 from bench.gpu.data import Problem
 from bench.gpu.measure import measure
+from bench.gpu.quantized import KINDS, Kind, quantized_plans
 from bench.gpu.results import Results, output_file
 from olive.ops import cuda, gpu_dispatch
 from olive.ops.gpu_dispatch import HOPPER, Gpu, Plan
 
 OP = "ovp_linear_plan"
+QUANTIZED_OP = "ovp_linear_quantized_plan"
 SHAPES = ((4096, 4096), (14336, 4096), (28672, 8192))  # N, K
 ROWS = (8, 16, 32, 64, 96, 128, 256, 1024, 4096)  # M
-SECONDS = 0.3  # per shape and M, for all plans
+QUANTIZED_KINDS = ("olive_w4a8", "olive_w4a8_g128", "olive_w4a8_row")
+SECONDS = 0.15  # per shape and M, for all plans
 _MOST_REREADS = 16  # blocks of activation rows, each of which decodes the weight again
 
 
@@ -42,6 +45,16 @@ def plans(m: int, gpu: Gpu) -> list[Plan]:
             if tokens < 4 * m
         ]
     return [*found, Plan("decode")]
+
+
+def quantized_plans_of(m: int, gpu: Gpu, kind: Kind) -> list[Plan]:
+    """The same for quantized activations: the tiles of the integer kernels, and nothing to decode to."""
+    wide = {plan.tokens for plan in plans(m, gpu) if plan.kernel == "wgmma"}
+    tiles = gpu_dispatch.quantized_wgmma_tiles(kind.group_size, kind.activations.group_size)
+    return [
+        *(plan for plan in plans(m, gpu) if plan.kernel == "mma"),
+        *(Plan("wgmma", tokens=tokens, rows=rows) for rows, tokens in tiles if tokens in wide),
+    ]
 
 
 def main(output: Annotated[Path | None, typer.Option(help="CSV to append to.")] = None) -> None:
@@ -64,6 +77,18 @@ def main(output: Annotated[Path | None, typer.Option(help="CSV to append to.")] 
                     OP, problem, m, candidates, results, copy=copy, seconds=SECONDS,
                     name=lambda key: key if key == BASELINE else "olive",
                 )  # fmt: skip
+            del built
+            for kind in QUANTIZED_KINDS:
+                wanted = {m: quantized_plans_of(m, gpu, KINDS[kind]) for m in ROWS}
+                every = list(dict.fromkeys(plan for found in wanted.values() for plan in found))
+                built = dict(zip(every, quantized_plans(kind, problem, every), strict=True))
+                for m in ROWS:
+                    candidates = {BASELINE: baseline} | {str(plan): built[plan] for plan in wanted[m]}
+                    measure(
+                        QUANTIZED_OP, problem, m, candidates, results, copy=copy, seconds=SECONDS,
+                        name=lambda key, kind=kind: key if key == BASELINE else kind,  # type: ignore[misc]
+                    )  # fmt: skip
+                del built
     raise typer.Exit(int(results.failed))
 
 

@@ -1,9 +1,12 @@
 // Python module olive._cuda: checks what memory safety needs, then starts kernels on a stream. Addresses are
 // tensor.data_ptr() of tensors on the current device; a stream is torch.cuda.current_stream().cuda_stream.
 #include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
 
+#include <algorithm>
 #include <limits>
 #include <string>
+#include <vector>
 
 #include "bindings/arguments.h"
 #include "cuda/api.h"
@@ -58,14 +61,18 @@ LinearArguments linear_arguments(uintptr_t x, int type, int64_t m, int64_t n, in
   return arguments;
 }
 
+void check_split(int split) {
+  if (split != 1 && split != 2 && split != 4 && split != 8) {
+    throw std::invalid_argument("split: expected 1, 2, 4 or 8, got " + std::to_string(split));
+  }
+}
+
 void linear_mma(uintptr_t x, int type, int64_t m, int64_t n, int64_t k, int group_size, uintptr_t codes,
                 uintptr_t scale, uintptr_t codebook, uintptr_t bias, int bias_type, uintptr_t out, uintptr_t partial,
                 int tokens, int split, uintptr_t stream) {
   LinearArguments arguments =
       linear_arguments(x, type, m, n, k, group_size, codes, scale, codebook, bias, bias_type, out);
-  if (split != 1 && split != 2 && split != 4 && split != 8) {
-    throw std::invalid_argument("split: expected 1, 2, 4 or 8, got " + std::to_string(split));
-  }
+  check_split(split);
   arguments.partial = pointer<float>("partial", partial, true);
   ovp_linear_mma(arguments, {tokens, split}, stream);
 }
@@ -76,6 +83,53 @@ void linear_wgmma(uintptr_t x, int type, int64_t m, int64_t n, int64_t k, int gr
   const LinearArguments arguments =
       linear_arguments(x, type, m, n, k, group_size, codes, scale, codebook, bias, bias_type, out);
   ovp_linear_wgmma(arguments, {rows, tokens}, stream);
+}
+
+QuantizedLinearArguments quantized_arguments(uintptr_t x, uintptr_t scale_x, int64_t scale_pitch,
+                                             int activation_group_size, int64_t m, int64_t n, int64_t k, int group_size,
+                                             uintptr_t codes, uintptr_t scale, uintptr_t codebook, uintptr_t bias,
+                                             int bias_type, uintptr_t out, int out_type) {
+  constexpr int64_t kMostTokens = 256;  // of a block, which may read its share of scales whole
+  if (m < 1) throw std::invalid_argument("m: expected at least 1, got " + std::to_string(m));
+  check_group_size(activation_group_size);
+  if (scale_pitch < m || scale_pitch % kMostTokens != 0) {
+    throw std::invalid_argument("scale_pitch: expected a multiple of 256 of at least M, got " +
+                                std::to_string(scale_pitch));
+  }
+  QuantizedLinearArguments arguments = {};
+  arguments.weight = packed_weight(n, k, group_size, codes, scale, codebook);
+  arguments.x = aligned_pointer<const int8_t>("x", x, 16);
+  arguments.scale_x = aligned_pointer<const float>("scale_x", scale_x, 16);
+  arguments.scale_pitch = scale_pitch;
+  arguments.activation_group_size = activation_group_size;
+  arguments.m = m;
+  arguments.bias = pointer<const void>("bias", bias, true);
+  arguments.bias_type = float_type(bias_type);
+  arguments.out = aligned_pointer<void>("out", out, 4);
+  arguments.out_type = float_type(out_type);
+  return arguments;
+}
+
+void linear_quantized_mma(uintptr_t x, uintptr_t scale_x, int64_t scale_pitch, int activation_group_size, int64_t m,
+                          int64_t n, int64_t k, int group_size, uintptr_t codes, uintptr_t scale, uintptr_t codebook,
+                          uintptr_t bias, int bias_type, uintptr_t out, int out_type, uintptr_t partial, int tokens,
+                          int split, uintptr_t stream) {
+  QuantizedLinearArguments arguments =
+      quantized_arguments(x, scale_x, scale_pitch, activation_group_size, m, n, k, group_size, codes, scale, codebook,
+                          bias, bias_type, out, out_type);
+  check_split(split);
+  arguments.partial = pointer<void>("partial", partial, true);
+  ovp_linear_quantized_mma(arguments, {tokens, split}, stream);
+}
+
+void linear_quantized_wgmma(uintptr_t x, uintptr_t scale_x, int64_t scale_pitch, int activation_group_size, int64_t m,
+                            int64_t n, int64_t k, int group_size, uintptr_t codes, uintptr_t scale, uintptr_t codebook,
+                            uintptr_t bias, int bias_type, uintptr_t out, int out_type, int rows, int tokens,
+                            uintptr_t stream) {
+  const QuantizedLinearArguments arguments =
+      quantized_arguments(x, scale_x, scale_pitch, activation_group_size, m, n, k, group_size, codes, scale, codebook,
+                          bias, bias_type, out, out_type);
+  ovp_linear_quantized_wgmma(arguments, {rows, tokens}, stream);
 }
 
 void pack(uintptr_t codes, uintptr_t scale, int64_t n, int64_t k, int group_size, uintptr_t packed_codes,
@@ -140,6 +194,47 @@ void quantize(uintptr_t weight, int type, int64_t n, int64_t k, int group_size, 
                aligned_pointer<int32_t>("not_finite", not_finite, 4), stream);
 }
 
+int copy_multiples(const char* name, const std::vector<float>& from, float (&to)[kMostMultiples]) {
+  if (from.size() > kMostMultiples) {
+    throw std::invalid_argument(std::string(name) + ": expected at most " + std::to_string(kMostMultiples) +
+                                " multiples, got " + std::to_string(from.size()));
+  }
+  std::copy(from.begin(), from.end(), to);
+  return static_cast<int>(from.size());
+}
+
+void quantize_activation_levels(uintptr_t x, int type, int64_t m, int64_t k, int format, int group_size,
+                                bool paper_pairing, uintptr_t codebook, uintptr_t static_scale,
+                                const std::vector<float>& pair_grid, const std::vector<float>& plain_grid,
+                                bool for_products, uintptr_t levels, int level_type, uintptr_t scale,
+                                int64_t scale_pitch, uintptr_t stream) {
+  if (m < 1) throw std::invalid_argument("m: expected at least 1, got " + std::to_string(m));
+  check_weight_shape(1, k, group_size);
+  if (format < 0 || format > 2) throw std::invalid_argument("format: expected 0 (int8), 1 (ovp4) or 2 (ovp8)");
+  if (level_type < 0 || level_type > 3) throw std::invalid_argument("level_type: expected 0 to 3");
+  ActivationSource source = {};
+  source.data = aligned_pointer<const void>("x", x, 8);
+  source.type = float_type(type);
+  source.m = m, source.k = k;
+  source.format = static_cast<ActivationFormat>(format);
+  source.group_size = group_size;
+  source.paper_pairing = paper_pairing;
+  source.codebook = pointer<const int8_t>("codebook", codebook, source.format != ActivationFormat::ovp4);
+  source.static_scale = group_size == 0 ? aligned_pointer<const int16_t>("static_scale", static_scale, 2) : nullptr;
+  source.grids.pair_count = copy_multiples("pair_grid", pair_grid, source.grids.pair);
+  source.grids.plain_count = copy_multiples("plain_grid", plain_grid, source.grids.plain);
+  ActivationLevels to = {};
+  to.for_products = for_products;
+  to.levels = aligned_pointer<void>("levels", levels, 8);
+  to.type = static_cast<LevelType>(level_type);
+  to.scale = aligned_pointer<float>("scale", scale, 4);
+  to.scale_pitch = scale_pitch;
+  if (for_products && (to.type != LevelType::int8 || scale_pitch < m)) {
+    throw std::invalid_argument("for_products: expected int8 levels and a pitch of scales of at least M");
+  }
+  quantize_activations(source, to, stream);
+}
+
 py::dict device_properties(int index) {
   const Device found = device(index);
   py::dict properties;
@@ -151,11 +246,10 @@ py::dict device_properties(int index) {
   return properties;
 }
 
-py::list mma_shape_list() {
+py::list shape_list(const MmaShape* from) {
   py::list shapes;
   for (int i = 0; i < kMmaShapes; ++i) {
-    const MmaShape& shape = mma_shapes()[i];
-    shapes.append(py::make_tuple(shape.tokens, shape.rows, shape.warps_along_k, shape.blocks, shape.shared));
+    shapes.append(py::make_tuple(from[i].tokens, from[i].rows, from[i].warps_along_k, from[i].blocks, from[i].shared));
   }
   return shapes;
 }
@@ -166,12 +260,16 @@ void bind(py::module_& module) {
   module.doc() = "CUDA kernels of OliVe on raw device addresses; use olive.ops";
   module.def("linear_mma", &linear_mma);
   module.def("linear_wgmma", &linear_wgmma);
+  module.def("linear_quantized_mma", &linear_quantized_mma);
+  module.def("linear_quantized_wgmma", &linear_quantized_wgmma);
   module.def("pack", &pack);
   module.def("unpack", &unpack);
   module.def("decode", &decode);
   module.def("encode", &encode);
   module.def("quantize", &quantize);
-  module.def("mma_shapes", &mma_shape_list);
+  module.def("quantize_activations", &quantize_activation_levels);
+  module.def("mma_shapes", [] { return shape_list(mma_shapes()); });
+  module.def("quantized_mma_shapes", [] { return shape_list(quantized_mma_shapes()); });
   module.def("device_properties", &device_properties);
   module.def("unsupported", [](int index) { return unsupported(index); });
   module.attr("architectures") = OLIVE_CUDA_ARCHITECTURES;  // what the build has code for, e.g. "80-real,90a-real"

@@ -10,6 +10,10 @@
 //
 // Lane l of a warp holds rows l / 4 and l / 4 + 8; register bit 0 chooses the row, bit 1 the second eight columns.
 // What lies past N or K is zero; a per-tensor scale is repeated for every row.
+//
+// Integer products read the same bytes. A register of their 16 x 32 operand holds four int8 of one row: registers 0
+// and 2 (1 and 3) of a step, so columns 2 j, 2 j + 1, 8 + 2 j, 8 + 2 j + 1 of its sixteen where the instruction means
+// 4 j .. 4 j + 3. A sum over columns does not mind, if the levels of activations are in the same order (level_byte).
 #pragma once
 
 #include <cstdint>
@@ -39,6 +43,9 @@ OLIVE_FN int tile_byte(int row, int pair) {
   const int lane = row % 8 * 4 + pair % 4, step = pair / 8, reg = row / 8 + 2 * (pair / 4 % 2);
   return 16 * lane + 4 * step + reg;
 }
+
+// Where among the sixteen int8 levels of activations a pair's two are, pair 0..7.
+OLIVE_FN int level_byte(int pair) { return 4 * (pair % 4) + 2 * (pair / 4); }
 
 // Where packed scales keep row 0..15 of a tile, and which row an element is.
 OLIVE_FN int tile_scale(int row) { return row % 8 * 2 + row / 8; }

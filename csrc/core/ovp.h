@@ -60,6 +60,14 @@ OLIVE_FN void decode_pair(const Codebook& book, uint8_t byte, bool plain, int16_
   *odd = plain ? book.plain[high] : low == kIdentifier ? book.outlier[high] : book.normal[high];
 }
 
+// Level of a nibble beside its partner, read from the stored codebook [32].
+OLIVE_FN int level(const int8_t* codebook, bool plain, int nibble, int partner) {
+  if (plain) return codebook[16 + nibble];
+  if (nibble == kIdentifier) return 0;
+  const int magnitude = static_cast<uint8_t>(codebook[(partner == kIdentifier ? 8 : 0) + (nibble & 7)]);
+  return nibble & 8 ? -magnitude : magnitude;
+}
+
 OLIVE_FN float bits_to_float(uint32_t bits) {
   float value;
   memcpy(&value, &bits, sizeof(value));

@@ -59,6 +59,24 @@ struct WgmmaTile {
 void ovp_linear_mma(const LinearArguments& arguments, const MmaTile& tile, uintptr_t stream);
 void ovp_linear_wgmma(const LinearArguments& arguments, const WgmmaTile& tile, uintptr_t stream);
 
+// Levels of weights and activations as int8, up to 127.
+struct QuantizedLinearArguments {
+  PackedWeight weight;
+  const int8_t* x;       // [M, 64 ceil(K / 64)] as quantize_activations writes them for products, aligned to 16 bytes
+  const float* scale_x;  // [G, scale_pitch], aligned to 16 bytes; the pitch a multiple of 256
+  int64_t scale_pitch;
+  int activation_group_size;  // 32, 64, 128; -1 and 0: G = 1
+  int64_t m;
+  const void* bias;  // [N], nullptr = no bias
+  Float bias_type;
+  void* out;  // [M, N]
+  Float out_type;
+  void* partial;  // [split, M, N] of 4 bytes, as in LinearArguments
+};
+const MmaShape* quantized_mma_shapes();  // for groups of 64 and more
+void ovp_linear_quantized_mma(const QuantizedLinearArguments& arguments, const MmaTile& tile, uintptr_t stream);
+void ovp_linear_quantized_wgmma(const QuantizedLinearArguments& arguments, const WgmmaTile& tile, uintptr_t stream);
+
 void ovp_pack(int64_t n, int64_t k, int group_size, const uint8_t* codes, const int16_t* scale, uint8_t* packed_codes,
               int16_t* packed_scale, uintptr_t stream);
 void ovp_unpack(int64_t n, int64_t k, int group_size, const uint8_t* packed_codes, const int16_t* packed_scale,
@@ -94,6 +112,44 @@ struct Search {
 // Searches scales and encodes; *not_finite as above.
 void ovp_quantize(const WeightSource& weight, const Search& search, uint8_t* codes, int16_t* scale, int32_t* not_finite,
                   uintptr_t stream);
+
+enum class ActivationFormat : int { int8 = 0, ovp4 = 1, ovp8 = 2 };
+enum class LevelType : int { f32 = 0, bf16 = 1, f16 = 2, int8 = 3 };
+
+// Multiples that a search of activation scales tries; handed over by value, so that a call copies nothing.
+constexpr int kMostMultiples = 8;
+struct ActivationGrids {
+  float pair[kMostMultiples];  // of the pair rule; for ovp8 of three sigma
+  int pair_count;
+  float plain[kMostMultiples];  // not tried where the codebook has no plain levels
+  int plain_count;
+};
+
+struct ActivationSource {
+  const void* data;  // [M, K], aligned to two values
+  Float type;
+  int64_t m, k;
+  ActivationFormat format;
+  int group_size;  // 32, 64, 128; -1 per row; 0: static_scale
+  bool paper_pairing;
+  const int8_t* codebook;       // [32] for ovp4, else nullptr
+  const int16_t* static_scale;  // [1] for group_size 0, else nullptr
+  ActivationGrids grids;
+};
+
+struct ActivationLevels {
+  // For products: int8 [M, 64 ceil(K / 64)] in the order of core/fragments.h, zeros past K, and scales [G, pitch] of
+  // which the first M are written. Else [M, K] of `type` and scales [M, G]. Levels are aligned to two of them.
+  bool for_products;
+  void* levels;
+  LevelType type;
+  float* scale;
+  int64_t scale_pitch;
+};
+
+// Levels and scales of activations; a group (a row, where the scale is given) with NaN or Inf gets levels 0 and scale
+// NaN. Levels must fit the type.
+void quantize_activations(const ActivationSource& x, const ActivationLevels& to, uintptr_t stream);
 
 // What launches are fitted to.
 struct Device {

@@ -50,12 +50,12 @@ struct CanonicalReader {
   __device__ int16_t scale(int64_t row, int64_t group) const { return scales[row * groups + group]; }
 };
 
-struct PackedReader {
+struct PackedBytes {
   const uint8_t* codes;
   const int16_t* scales;
   int64_t tiles, groups;  // per row
 
-  __device__ explicit PackedReader(const PackedWeight& weight)
+  __device__ explicit PackedBytes(const PackedWeight& weight)
       : codes(weight.codes),
         scales(weight.scale),
         tiles(column_tiles(weight.k)),
@@ -151,7 +151,7 @@ void ovp_decode(const CanonicalWeight& weight, void* out, Float type, uintptr_t 
 }
 
 void ovp_decode_packed(const PackedWeight& weight, void* out, Float type, uintptr_t stream) {
-  launch_decode<PackedReader>("ovp_decode_packed", "ovp_decode_packed_unaligned", weight, out, type, stream);
+  launch_decode<PackedBytes>("ovp_decode_packed", "ovp_decode_packed_unaligned", weight, out, type, stream);
 }
 
 }  // namespace olive::cuda

@@ -13,16 +13,10 @@
 #include <stdexcept>
 #include <string>
 
-#include "cuda/packed_reader.cuh"
-#include "cuda/pair_table.cuh"
-#include "cuda/runtime.cuh"
+#include "cuda/wgmma_tiles.cuh"
 
 namespace olive::cuda {
 namespace {
-
-constexpr int kConsumers = 2;  // warpgroups
-constexpr int kThreads = 128 * (1 + kConsumers);
-constexpr int kTokenGroup = 8;  // token units that neighbouring blocks share weights and activations among, for L2
 
 struct Problem {
   PackedReader weight;
@@ -31,7 +25,7 @@ struct Problem {
   const void* bias;
   Float bias_type;
   void* out;
-  int row_units, token_units;
+  TileCounts tiles;
 };
 
 // kGroups: groups of weights in 64 columns, 2 for groups of 32, else 1. kRowTiles: of 64 rows, per warpgroup.
@@ -41,7 +35,6 @@ struct Shape {
   static constexpr int kRowTiles = kRowTilesV, kTokens = kTokensV, kStages = kStagesV, kAhead = kAheadV;
   static constexpr int kRows = 64 * kRowTiles * kConsumers;
   static constexpr int kStageBytes = kTokens * kTileColumns * 2;
-  static constexpr int kOutBytes = 64 * 64 * 2;  // a warpgroup's outputs on their way, 64 activation rows at a time
   static constexpr int kStagesAt = kTableBytes;
   static constexpr int kOutAt = kStagesAt + kStages * kStageBytes;
   static constexpr int kBarriersAt = kOutAt + kConsumers * kOutBytes;
@@ -49,32 +42,6 @@ struct Shape {
 };
 
 #if defined(OLIVE_HAS_WGMMA)
-
-// Which tile a block is at: neighbours in time share activations and weights while those are in L2.
-struct Tile {
-  int row_unit, token_unit;
-  __device__ Tile(const Problem& problem, int task) {
-    const int group = task / (kTokenGroup * problem.row_units);
-    const int within = task - group * kTokenGroup * problem.row_units;
-    const int left = problem.token_units - group * kTokenGroup;
-    const int width = left < 1 ? 1 : left < kTokenGroup ? left : kTokenGroup;
-    row_unit = within / width;
-    token_unit = group * kTokenGroup + within - row_unit * width;
-  }
-};
-
-// A place in the ring of stages.
-template <int kStages>
-struct Slot {
-  int stage = 0;
-  uint32_t parity = 0;
-  __device__ void next() {
-    if (++stage == kStages) {
-      stage = 0;
-      parity ^= 1;
-    }
-  }
-};
 
 template <class T>
 constexpr float kUnit = 1.0f;
@@ -134,13 +101,6 @@ struct FoldedScales<__half> {
   }
 };
 
-// B [16, kTokens] of one product: K-major, rows of 128 bytes, chunks swizzled; eight rows are 1024 bytes.
-__device__ __forceinline__ uint64_t describe(uint32_t address) {
-  constexpr uint64_t kSwizzle128 = 1ull << 62, kEightRows = static_cast<uint64_t>(1024 >> 4) << 32,
-                     kUnused = 1ull << 16;
-  return kSwizzle128 | kEightRows | kUnused | (address >> 4 & 0x3FFF);
-}
-
 template <class T, class S>
 __device__ __forceinline__ void decode_scaled(uint32_t (&a)[4][4], const unsigned char* table,
                                               const TileCodes<S::kGroups>& codes, int lane) {
@@ -163,7 +123,7 @@ __device__ void produce(const Problem& problem, const TensorMap* x, unsigned cha
   const uint32_t empty = full + 8 * S::kStages;
   Slot<S::kStages> slot;
   for (int task = blockIdx.x; task < tasks; task += gridDim.x) {
-    const Tile tile(problem, task);
+    const Tile tile(problem.tiles, task);
     for (int step = 0; step < problem.weight.column_tiles; ++step) {
       barrier_wait(empty + 8 * slot.stage, slot.parity ^ 1);  // the first round finds every stage free
       barrier_arrive_expect(full + 8 * slot.stage, S::kStageBytes);
@@ -182,7 +142,7 @@ struct CodeStream {
   int task, step;
 
   __device__ void place(const Problem& problem, int warpgroup, int warp, int lane) {
-    const Tile tile(problem, task);
+    const Tile tile(problem.tiles, task);
 #pragma unroll
     for (int r = 0; r < S::kRowTiles; ++r) {
       const int first = ((tile.row_unit * kConsumers + warpgroup) * S::kRowTiles + r) * 4;
@@ -191,46 +151,16 @@ struct CodeStream {
   }
 };
 
-// Adds the bias and writes one tile of 64 weight rows: through shared memory, so that rows of y get 128 bytes at once.
+// Adds the bias and writes one tile of 64 weight rows.
 template <class T, class S, int kBarrier>
 __device__ __forceinline__ void write_tile(const Problem& problem, const float (&sum)[S::kTokens / 2],
                                            unsigned char* staging, int64_t first_row, int64_t first_token, int warp,
                                            int lane) {
-  const uint32_t staging_address = shared_address(staging);
-  float bias[2] = {};
-  for (int h = 0; h < 2; ++h) {
-    const int64_t row = first_row + 16 * warp + lane / 4 + 8 * h;
-    if (problem.bias != nullptr && row < problem.n) bias[h] = load_float(problem.bias, row, problem.bias_type);
-  }
-  const bool whole = problem.n % 8 == 0;  // 16-byte stores are aligned
-#pragma unroll
-  for (int part = 0; part < S::kTokens / 64; ++part) {
-#pragma unroll
-    for (int j = 0; j < 8; j += 2) {
-      uint32_t matrices[4];
-#pragma unroll
-      for (int i = 0; i < 4; ++i) {  // tokens 8 (j + i / 2) ..., rows 8 (i % 2) ...
-        const int c = 4 * (8 * part + j + i / 2) + 2 * (i % 2);
-        matrices[i] = round_pair<T>(sum[c] + bias[i % 2], sum[c + 1] + bias[i % 2]);
-      }
-      const int token = 8 * (j + lane / 16) + lane % 8, chunk = 2 * warp + lane / 8 % 2;
-      store_matrices_transposed(staging_address + token * 128 + (chunk ^ (token & 7)) * 16, matrices);
-    }
-    sync_some<kBarrier, 128>();
-    for (int i = warp * 32 + lane; i < 64 * 8; i += 128) {
-      const int chunk = i % 8, token = i / 8;
-      const int64_t row = first_row + 8 * chunk, out_token = first_token + 64 * part + token;
-      if (out_token >= problem.m || row >= problem.n) continue;
-      const unsigned char* from = staging + token * 128 + (chunk ^ (token & 7)) * 16;
-      uint16_t* to = static_cast<uint16_t*>(problem.out) + out_token * problem.n + row;
-      if (whole) {
-        *reinterpret_cast<uint4*>(to) = *reinterpret_cast<const uint4*>(from);
-      } else {
-        for (int e = 0; e < 8 && row + e < problem.n; ++e) to[e] = reinterpret_cast<const uint16_t*>(from)[e];
-      }
-    }
-    sync_some<kBarrier, 128>();
-  }
+  float bias[2];
+  load_bias(bias, problem.bias, problem.bias_type, first_row, problem.n, warp, lane);
+  write_halves<S::kTokens, kBarrier>(
+      problem.out, problem.m, problem.n, staging, first_row, first_token, warp, lane,
+      [&](int c) { return sum[c] + bias[c / 2 % 2]; }, [](float low, float high) { return round_pair<T>(low, high); });
 }
 
 template <class T, class S>
@@ -238,7 +168,7 @@ __device__ void consume(const Problem& problem, unsigned char* shared, int tasks
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32 % 4;
   const uint32_t stages = shared_address(shared + S::kStagesAt), full = shared_address(shared + S::kBarriersAt);
   const uint32_t empty = full + 8 * S::kStages;
-  unsigned char* staging = shared + S::kOutAt + warpgroup * S::kOutBytes;
+  unsigned char* staging = shared + S::kOutAt + warpgroup * kOutBytes;
   const int steps = problem.weight.column_tiles, end_round = (steps + S::kAhead - 1) / S::kAhead * S::kAhead;
 
   CodeStream<S> stream;
@@ -293,7 +223,7 @@ __device__ void consume(const Problem& problem, unsigned char* shared, int tasks
         }
       }
     }
-    const Tile tile(problem, task);
+    const Tile tile(problem.tiles, task);
 #pragma unroll
     for (int r = 0; r < S::kRowTiles; ++r) {
       const int64_t row = static_cast<int64_t>(tile.row_unit) * S::kRows + (warpgroup * S::kRowTiles + r) * 64;
@@ -310,11 +240,11 @@ __device__ void consume(const Problem& problem, unsigned char* shared, int tasks
 #endif  // OLIVE_HAS_WGMMA
 
 template <class T, class S>
-__global__ void __launch_bounds__(kThreads, 1)
+__global__ void __launch_bounds__(kWgmmaThreads, 1)
     ovp_linear_wgmma_kernel(const Problem problem, const __grid_constant__ TensorMap x) {
 #if defined(OLIVE_HAS_WGMMA)
   OLIVE_SHARED(shared);
-  const int tasks = problem.row_units * problem.token_units;
+  const int tasks = problem.tiles.row_units * problem.tiles.token_units;
   const int warpgroup = threadIdx.x / 128;
   if (threadIdx.x == 0) {
     prefetch_map(&x);
@@ -325,7 +255,7 @@ __global__ void __launch_bounds__(kThreads, 1)
     }
     barrier_init_fence();
   }
-  fill_table<T>(shared, problem.codebook, threadIdx.x, kThreads, kUnit<T>);
+  fill_table<T>(shared, problem.codebook, threadIdx.x, kWgmmaThreads, kUnit<T>);
   __syncthreads();
   // 24 + 2 x 240 registers for four warps each: 64 512 of 65 536.
   if (warpgroup == kConsumers) {
@@ -343,16 +273,17 @@ __global__ void __launch_bounds__(kThreads, 1)
 template <class T, class S>
 void launch_shape(Problem problem, const LinearArguments& arguments, uintptr_t stream) {
   const Device device = current_device();
-  problem.row_units = static_cast<int>((problem.n + S::kRows - 1) / S::kRows);
-  problem.token_units = static_cast<int>((problem.m + S::kTokens - 1) / S::kTokens);
-  const int64_t tasks = static_cast<int64_t>(problem.row_units) * problem.token_units;
+  problem.tiles.row_units = static_cast<int>((problem.n + S::kRows - 1) / S::kRows);
+  problem.tiles.token_units = static_cast<int>((problem.m + S::kTokens - 1) / S::kTokens);
+  const int64_t tasks = static_cast<int64_t>(problem.tiles.row_units) * problem.tiles.token_units;
   if (tasks > (1 << 30)) {
     throw std::invalid_argument("m, n: expected at most 2^30 tiles, got " + std::to_string(tasks));
   }
   const int64_t blocks = tasks < device.multiprocessors ? tasks : device.multiprocessors;
-  const TensorMap x = map_matrix(arguments.x, Bits<T>::kType == Float::bf16, problem.m, problem.k, S::kTokens);
+  const TensorMap x = map_matrix(arguments.x, Bits<T>::kType == Float::bf16 ? Element::bf16 : Element::f16, problem.m,
+                                 problem.k, S::kTokens);
   launch("ovp_linear_wgmma", ovp_linear_wgmma_kernel<T, S>,
-         Launch{static_cast<unsigned>(blocks), 1, kThreads, S::kShared, 1, stream}, problem, x);
+         Launch{static_cast<unsigned>(blocks), 1, kWgmmaThreads, S::kShared, 1, stream}, problem, x);
 }
 
 template <class T, int kGroups>

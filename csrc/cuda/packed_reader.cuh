@@ -7,7 +7,8 @@
 
 namespace olive::cuda {
 
-// A lane's part of one tile of 16 x 64. kGroups scales a row: two in groups of 32, else one.
+// A lane's part of one tile of 16 x 64. kGroups scales a row: two in groups of 32 (or where activations have such),
+// else one.
 template <int kGroups>
 struct TileCodes {
   uint4 codes;
@@ -33,6 +34,7 @@ struct PackedReader {
   const uint32_t* scales;  // [row tiles, groups, 8]: two rows each
   int row_tiles, column_tiles, groups;
   int group_shift;  // column tiles per group as a shift; 31 = one group
+  int half_shift;   // the same for half a tile, 32 columns
 
   // `count` row tiles (1, 2 or 4) from `first`, a multiple of count. Those past the end are the last ones there are:
   // their outputs are not written.
@@ -51,9 +53,9 @@ struct PackedReader {
     if (kGroups == 1) {
       to.scales[0] = __ldg(from.scales + (column >> group_shift) * 8u);
     } else {
-      const uint32_t second = 2u * column + 1 < static_cast<uint32_t>(groups) ? 2u * column + 1 : 2u * column;
-      to.scales[0] = __ldg(from.scales + 2u * column * 8u);
-      to.scales[kGroups - 1] = __ldg(from.scales + second * 8u);
+      const uint32_t last = static_cast<uint32_t>(groups) - 1, second = (2u * column + 1) >> half_shift;
+      to.scales[0] = __ldg(from.scales + (2u * column >> half_shift) * 8u);
+      to.scales[kGroups - 1] = __ldg(from.scales + (second < last ? second : last) * 8u);
     }
     return to;
   }
@@ -64,6 +66,11 @@ __device__ inline TileRows TileRows::below(const PackedReader& reader, int count
           scales + count * (static_cast<int64_t>(reader.groups) * 8)};
 }
 
+// Columns per group as a shift of 32 columns; 31 where a row has one group.
+inline int half_tile_shift(int group_size) {
+  return group_size == 32 ? 0 : group_size == 64 ? 1 : group_size == 128 ? 2 : 31;
+}
+
 inline PackedReader packed_reader(const PackedWeight& weight) {
   PackedReader reader = {};
   reader.codes = reinterpret_cast<const uint4*>(weight.codes);
@@ -72,6 +79,7 @@ inline PackedReader packed_reader(const PackedWeight& weight) {
   reader.column_tiles = static_cast<int>(column_tiles(weight.k));
   reader.groups = static_cast<int>(group_count(weight.k, weight.group_size));
   reader.group_shift = weight.group_size == 64 ? 0 : weight.group_size == 128 ? 1 : 31;
+  reader.half_shift = half_tile_shift(weight.group_size);
   return reader;
 }
 

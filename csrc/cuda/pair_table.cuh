@@ -33,30 +33,35 @@ struct Bits<__nv_bfloat16> {
   static __device__ uint32_t of(float value) { return float_to_bf16(value); }
 };
 
-// Level of a nibble beside its partner, read from the stored codebook [32].
-__device__ __forceinline__ int level(const int8_t* codebook, bool plain, int nibble, int partner) {
-  if (plain) return codebook[16 + nibble];
-  if (nibble == kIdentifier) return 0;
-  const int magnitude = static_cast<uint8_t>(codebook[(partner == kIdentifier ? 8 : 0) + (nibble & 7)]);
-  return nibble & 8 ? -magnitude : magnitude;
+// Fills the table with all threads of the block: entry(plain, low nibble, high nibble). A barrier has to follow.
+template <class Entry>
+__device__ __forceinline__ void fill_entries(unsigned char* table, int thread, int threads, Entry entry) {
+  for (int i = thread; i < 512; i += threads) {
+    const uint32_t bits = entry((i & 1) != 0, i >> 1 & 15, i >> 5);
+    const uint4 copies = make_uint4(bits, bits, bits, bits);
+    // Eight lanes store to eight different quarters of the banks.
+    for (int copy = 0; copy < 8; ++copy) {
+      *reinterpret_cast<uint4*>(table + i * 128 + ((copy + thread) & 7) * 16) = copies;
+    }
+  }
 }
 
-// Fills the table with all threads of the block: levels times `unit`, even columns in the low half. A barrier has to
-// follow.
+// Levels times `unit`, even columns in the low half.
 template <class T>
 __device__ __forceinline__ void fill_table(unsigned char* table, const int8_t* codebook, int thread, int threads,
                                            float unit) {
-  for (int entry = thread; entry < 512; entry += threads) {
-    const bool plain = entry & 1;
-    const int low = entry >> 1 & 15, high = entry >> 5;
-    const uint32_t bits = Bits<T>::of(static_cast<float>(level(codebook, plain, low, high)) * unit) |
-                          Bits<T>::of(static_cast<float>(level(codebook, plain, high, low)) * unit) << 16;
-    const uint4 copies = make_uint4(bits, bits, bits, bits);
-    // Eight lanes store to eight different quarters of the banks.
-    for (int i = 0; i < 8; ++i) {
-      *reinterpret_cast<uint4*>(table + entry * 128 + ((i + thread) & 7) * 16) = copies;
-    }
-  }
+  fill_entries(table, thread, threads, [&](bool plain, int low, int high) {
+    return Bits<T>::of(static_cast<float>(level(codebook, plain, low, high)) * unit) |
+           Bits<T>::of(static_cast<float>(level(codebook, plain, high, low)) * unit) << 16;
+  });
+}
+
+// Levels as int8, even columns in the lowest byte; the upper half is zero.
+__device__ __forceinline__ void fill_int8_table(unsigned char* table, const int8_t* codebook, int thread, int threads) {
+  fill_entries(table, thread, threads, [&](bool plain, int low, int high) {
+    return (static_cast<uint32_t>(level(codebook, plain, low, high)) & 0xFFu) |
+           (static_cast<uint32_t>(level(codebook, plain, high, low)) & 0xFFu) << 8;
+  });
 }
 
 // Where a lane looks things up, for its two rows: its bank, and its half of the entries for the row's rule. `scales`
@@ -72,17 +77,31 @@ struct TableRows {
 __device__ __forceinline__ float low_scale(uint32_t scales) { return bits_to_float((scales & 0xFFFEu) << 16); }
 __device__ __forceinline__ float high_scale(uint32_t scales) { return bits_to_float(scales & 0xFFFE0000u); }
 
+// The entry of byte kByte of four codes. The address is two bytes: the code above its row's place. One permutation puts
+// them together.
+template <int kByte>
+__device__ __forceinline__ uint32_t look_up(const unsigned char* table, uint32_t codes, uint32_t row) {
+  return *reinterpret_cast<const uint32_t*>(table + __byte_perm(codes, row, 0x5504 + 16 * kByte));
+}
+
 // Four codes of a lane to its four registers of a 16 x 16 fragment.
 __device__ __forceinline__ void decode_fragment(uint32_t (&to)[4], const unsigned char* table, const TableRows& rows,
                                                 uint32_t codes) {
-  // The address is two bytes: a code above its row's place. One permutation puts them together.
-  const auto look_up = [&](uint32_t selectors, uint32_t row) {
-    return *reinterpret_cast<const uint32_t*>(table + __byte_perm(codes, row, selectors));
-  };
-  to[0] = look_up(0x5504, rows.row[0]);
-  to[1] = look_up(0x5514, rows.row[1]);
-  to[2] = look_up(0x5524, rows.row[0]);
-  to[3] = look_up(0x5534, rows.row[1]);
+  to[0] = look_up<0>(table, codes, rows.row[0]);
+  to[1] = look_up<1>(table, codes, rows.row[1]);
+  to[2] = look_up<2>(table, codes, rows.row[0]);
+  to[3] = look_up<3>(table, codes, rows.row[1]);
+}
+
+// Eight codes of a lane, sixteen columns each, to its four registers of a 16 x 32 fragment of int8: two look-ups and a
+// permutation a register, five instructions for four weights.
+__device__ __forceinline__ void decode_int8_fragment(uint32_t (&to)[4], const unsigned char* table,
+                                                     const TableRows& rows, uint32_t first, uint32_t second) {
+  const auto join = [](uint32_t low, uint32_t high) { return __byte_perm(low, high, 0x5410); };
+  to[0] = join(look_up<0>(table, first, rows.row[0]), look_up<2>(table, first, rows.row[0]));
+  to[1] = join(look_up<1>(table, first, rows.row[1]), look_up<3>(table, first, rows.row[1]));
+  to[2] = join(look_up<0>(table, second, rows.row[0]), look_up<2>(table, second, rows.row[0]));
+  to[3] = join(look_up<1>(table, second, rows.row[1]), look_up<3>(table, second, rows.row[1]));
 }
 
 }  // namespace olive::cuda

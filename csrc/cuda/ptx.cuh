@@ -49,6 +49,11 @@ __device__ __forceinline__ void copy_async(uint32_t to, const void* from, bool v
   asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(to), "l"(from), "r"(bytes) : "memory");
 }
 
+// 4 bytes.
+__device__ __forceinline__ void copy_async_word(uint32_t to, const void* from) {
+  asm volatile("cp.async.ca.shared.global [%0], [%1], 4;" ::"r"(to), "l"(from) : "memory");
+}
+
 __device__ __forceinline__ void copy_async_commit() { asm volatile("cp.async.commit_group;" ::: "memory"); }
 
 // At most kPending of this thread's newest groups of copies are still under way.
@@ -91,6 +96,23 @@ __device__ __forceinline__ void multiply_16x8x16(float (&sum)[4], const uint32_t
 
 OLIVE_MMA(__half, "f16")
 OLIVE_MMA(__nv_bfloat16, "bf16")
+
+// sum [16 x 8] = `start` or sum + A [16 x 32] times B [32 x 8] of int8, in int32.
+__device__ __forceinline__ void multiply_int8(int (&sum)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
+  asm volatile(
+      "mma.sync.aligned.m16n8k32.row.col.s32.s8.s8.s32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"
+      : "+r"(sum[0]), "+r"(sum[1]), "+r"(sum[2]), "+r"(sum[3])
+      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
+}
+
+__device__ __forceinline__ void multiply_int8_from(int start, int (&sum)[4], const uint32_t (&a)[4], uint32_t b0,
+                                                   uint32_t b1) {
+  asm volatile(
+      "mma.sync.aligned.m16n8k32.row.col.s32.s8.s8.s32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, "
+      "{%10, %10, %10, %10};"
+      : "=r"(sum[0]), "=r"(sum[1]), "=r"(sum[2]), "=r"(sum[3])
+      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1), "r"(start));
+}
 
 // Two products of 16-bit values, each rounded once. (bfloat16 has no multiplication before sm_90, but this.)
 template <class T>
@@ -205,6 +227,13 @@ __device__ __forceinline__ void copy_box(uint32_t to, const TensorMap* map, uint
       : "memory");
 }
 
+// `bytes` in a row to shared memory, a multiple of 16, as both addresses are. Ends on the barrier.
+__device__ __forceinline__ void copy_bulk(uint32_t to, const void* from, uint32_t bytes, uint32_t barrier) {
+  asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];" ::"r"(to),
+               "l"(from), "r"(bytes), "r"(barrier)
+               : "memory");
+}
+
 __device__ __forceinline__ void prefetch_map(const TensorMap* map) {
   asm volatile("prefetch.tensormap [%0];" ::"l"(map) : "memory");
 }
@@ -245,11 +274,21 @@ __device__ __forceinline__ void hold(float (&sum)[kCount]) {
 #pragma unroll
   for (int i = 0; i < kCount; ++i) asm volatile("" : "+f"(sum[i])::"memory");
 }
+template <int kCount>
+__device__ __forceinline__ void hold(int (&sum)[kCount]) {
+#pragma unroll
+  for (int i = 0; i < kCount; ++i) asm volatile("" : "+r"(sum[i])::"memory");
+}
 
 // sum [64 x kColumns] = (accumulate ? sum : 0) + A [64 x 16, in registers] times B [16 x kColumns], B by descriptor,
 // K-major. Registers may be read until the group of products is waited for.
 template <class T, int kColumns>
 __device__ __forceinline__ void wgmma(float (&sum)[kColumns / 2], const uint32_t (&a)[4], uint64_t b, bool accumulate);
+
+// The same with int8, A [64 x 32] and B [32 x kColumns], in int32.
+template <int kColumns>
+__device__ __forceinline__ void wgmma_int8(int (&sum)[kColumns / 2], const uint32_t (&a)[4], uint64_t b,
+                                           bool accumulate);
 
 #include "cuda/wgmma.cuh"
 

@@ -78,7 +78,7 @@ std::string unsupported(int index) {
   return std::string("CUDA says ") + cudaGetErrorName(error) + " (" + cudaGetErrorString(error) + ")";
 }
 
-TensorMap map_matrix(const void* address, bool is_bf16, std::int64_t rows, std::int64_t columns, int box_rows) {
+TensorMap map_matrix(const void* address, Element element, std::int64_t rows, std::int64_t columns, int box_rows) {
   using Encode = CUresult (*)(CUtensorMap*, CUtensorMapDataType, cuuint32_t, void*, const cuuint64_t*,
                               const cuuint64_t*, const cuuint32_t*, const cuuint32_t*, CUtensorMapInterleave,
                               CUtensorMapSwizzle, CUtensorMapL2promotion, CUtensorMapFloatOOBfill);
@@ -93,13 +93,15 @@ TensorMap map_matrix(const void* address, bool is_bf16, std::int64_t rows, std::
     return reinterpret_cast<Encode>(found);
   }();
   const cuuint64_t sizes[2] = {static_cast<cuuint64_t>(columns), static_cast<cuuint64_t>(rows)};
-  const cuuint64_t pitch[1] = {static_cast<cuuint64_t>(columns) * 2};
-  const cuuint32_t box[2] = {64, static_cast<cuuint32_t>(box_rows)};
+  const cuuint64_t pitch[1] = {static_cast<cuuint64_t>(columns) * bytes_of(element)};
+  const cuuint32_t box[2] = {static_cast<cuuint32_t>(128 / bytes_of(element)), static_cast<cuuint32_t>(box_rows)};
   const cuuint32_t steps[2] = {1, 1};
+  const CUtensorMapDataType type = element == Element::bf16  ? CU_TENSOR_MAP_DATA_TYPE_BFLOAT16
+                                   : element == Element::f16 ? CU_TENSOR_MAP_DATA_TYPE_FLOAT16
+                                                             : CU_TENSOR_MAP_DATA_TYPE_UINT8;
   TensorMap map;
   const CUresult result =
-      encode(&map, is_bf16 ? CU_TENSOR_MAP_DATA_TYPE_BFLOAT16 : CU_TENSOR_MAP_DATA_TYPE_FLOAT16, 2,
-             const_cast<void*>(address), sizes, pitch, box, steps, CU_TENSOR_MAP_INTERLEAVE_NONE,
+      encode(&map, type, 2, const_cast<void*>(address), sizes, pitch, box, steps, CU_TENSOR_MAP_INTERLEAVE_NONE,
              CU_TENSOR_MAP_SWIZZLE_128B, CU_TENSOR_MAP_L2_PROMOTION_L2_256B, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
   if (result != CUDA_SUCCESS) {
     throw std::runtime_error("map_matrix: the driver refuses a matrix of " + std::to_string(rows) + " x " +

@@ -25,6 +25,10 @@ struct Launch {
   std::uintptr_t stream;
 };
 
+// What a matrix for the copy engine holds.
+enum class Element { bf16, f16, int8 };
+constexpr int bytes_of(Element element) { return element == Element::int8 ? 1 : 2; }
+
 #if !defined(OLIVE_EMULATED)
 
 inline void check(const char* what, cudaError_t error) {
@@ -70,9 +74,9 @@ void launch(const char* name, void (*kernel)(Parameters...), const Launch& shape
   check(name, cudaLaunchKernelEx(&config, kernel, static_cast<Parameters>(arguments)...));
 }
 
-// A map of a row-major matrix [rows, columns] of 16-bit values, for boxes of `box_rows` x 64 columns in the layout
-// that wgmma reads: rows of 128 bytes, 16-byte chunks swizzled. `address` and rows are multiples of 16 bytes.
-TensorMap map_matrix(const void* address, bool is_bf16, std::int64_t rows, std::int64_t columns, int box_rows);
+// A map of a row-major matrix [rows, columns], for boxes of `box_rows` x 128 bytes in the layout that wgmma reads:
+// 16-byte chunks swizzled. `address` and rows are multiples of 16 bytes.
+TensorMap map_matrix(const void* address, Element element, std::int64_t rows, std::int64_t columns, int box_rows);
 
 #endif
 

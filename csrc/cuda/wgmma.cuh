@@ -44,3 +44,25 @@ OLIVE_WGMMA(__half, "f16", 256, 128, "%128", "%129", "%130", "%131", "%132", "%1
 OLIVE_WGMMA(__nv_bfloat16, "bf16", 64, 32, "%32", "%33", "%34", "%35", "%36", "%37")
 OLIVE_WGMMA(__nv_bfloat16, "bf16", 128, 64, "%64", "%65", "%66", "%67", "%68", "%69")
 OLIVE_WGMMA(__nv_bfloat16, "bf16", 256, 128, "%128", "%129", "%130", "%131", "%132", "%133")
+
+#define OLIVE_INT_SUM_4(i) "+r"(sum[i]), "+r"(sum[i + 1]), "+r"(sum[i + 2]), "+r"(sum[i + 3])
+#define OLIVE_INT_SUM_16(i) OLIVE_INT_SUM_4(i), OLIVE_INT_SUM_4(i + 4), OLIVE_INT_SUM_4(i + 8), OLIVE_INT_SUM_4(i + 12)
+#define OLIVE_INT_SUM_32(i) OLIVE_INT_SUM_16(i), OLIVE_INT_SUM_16(i + 16)
+#define OLIVE_INT_SUM_64(i) OLIVE_INT_SUM_32(i), OLIVE_INT_SUM_32(i + 32)
+#define OLIVE_INT_SUM_128(i) OLIVE_INT_SUM_64(i), OLIVE_INT_SUM_64(i + 64)
+
+#define OLIVE_WGMMA_INT8(columns, registers, a0, a1, a2, a3, b_operand, accumulate_operand)                      \
+  template <>                                                                                                    \
+  __device__ __forceinline__ void wgmma_int8<columns>(int (&sum)[registers], const uint32_t (&a)[4], uint64_t b, \
+                                                      bool accumulate) {                                         \
+    asm volatile("{\n.reg .pred p;\nsetp.ne.b32 p, " accumulate_operand                                          \
+                 ", 0;\n"                                                                                        \
+                 "wgmma.mma_async.sync.aligned.m64n" #columns "k32.s32.s8.s8 {" OLIVE_OPERANDS_##registers       \
+                 "}, {" a0 ", " a1 ", " a2 ", " a3 "}, " b_operand ", p;\n}"                                     \
+                 : OLIVE_INT_SUM_##registers(0)                                                                  \
+                 : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "r"(static_cast<int>(accumulate)));       \
+  }
+
+OLIVE_WGMMA_INT8(64, 32, "%32", "%33", "%34", "%35", "%36", "%37")
+OLIVE_WGMMA_INT8(128, 64, "%64", "%65", "%66", "%67", "%68", "%69")
+OLIVE_WGMMA_INT8(256, 128, "%128", "%129", "%130", "%131", "%132", "%133")

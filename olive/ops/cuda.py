@@ -17,7 +17,7 @@ from olive.ops import schemas
 from olive.ops.gpu_dispatch import Gpu, Plan, choose_linear
 from olive.ops.packed import CUDA_LAYOUT
 
-_TYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
+TYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 _ALIGNMENT = 16  # bytes of a load
 
 
@@ -35,7 +35,7 @@ def missing(device: torch.device) -> str:
     """Why `olive._cuda` cannot serve a device, in words; "" if it can."""
     if _MODULE is None:
         return (
-            "olive._cuda was not built: it takes a CUDA compiler (nvcc 12 or newer) when olive is installed"
+            "olive._cuda was not built: it takes a CUDA compiler (nvcc 12.8 or newer) when olive is installed"
         )
     if torch.version.hip is not None:
         return "olive._cuda is for NVIDIA GPUs"
@@ -51,26 +51,28 @@ def architectures() -> str:
 @lru_cache
 def gpu_of(device: torch.device) -> Gpu:
     """What the choice of a kernel depends on. The device has an index, as every tensor's has."""
-    return Gpu(**_kernels().device_properties(device.index or 0))
+    return Gpu(**kernels().device_properties(device.index or 0))
 
 
-def _on(device: torch.device) -> AbstractContextManager[Any]:
+def on_device(device: torch.device) -> AbstractContextManager[Any]:
     """Makes the device the current one, as launches need it."""
     return nullcontext() if torch.cuda.current_device() == device.index else torch.cuda.device(device)
 
 
-def _stream(device: torch.device) -> int:
+def stream_of(device: torch.device) -> int:
+    """Address of the current stream."""
     stream: int = torch.cuda.current_stream(device).cuda_stream
     return stream
 
 
-def _kernels() -> ModuleType:
+def kernels() -> ModuleType:
+    """The compiled module."""
     if _MODULE is None:
         raise RuntimeError("olive._cuda: expected a compiled module, got none; build it with `pip install .`")
     return _MODULE
 
 
-def _aligned(tensor: Tensor) -> Tensor:
+def aligned(tensor: Tensor) -> Tensor:
     """The same values, contiguous, at an address that wide loads can take."""
     tensor = tensor.contiguous()
     return tensor if tensor.data_ptr() % _ALIGNMENT == 0 else tensor.clone()
@@ -95,7 +97,7 @@ def ovp_quantize_cuda(
         weight, codebook, group_size, pairing, pair_grid, plain_grid, importance
     )
     schemas.check_values(codebook, pair_grid, importance)
-    weight, codebook = _aligned(weight), codebook.contiguous()
+    weight, codebook = aligned(weight), codebook.contiguous()
     importance = None if importance is None else importance.contiguous()
     grid = torch.tensor([*pair_grid, *plain_grid], dtype=torch.float32, device=weight.device)
     candidates = len(pair_grid) + 2 * len(plain_grid)
@@ -104,10 +106,10 @@ def ovp_quantize_cuda(
     codes = torch.empty(codes_shape(rows, columns), dtype=torch.uint8, device=weight.device)
     scale = torch.empty(scale_shape(rows, columns, group_size), dtype=torch.int16, device=weight.device)
     not_finite = torch.zeros(1, dtype=torch.int32, device=weight.device)
-    with _on(weight.device):
-        _kernels().quantize(
+    with on_device(weight.device):
+        kernels().quantize(
             weight.data_ptr(),
-            _TYPES[weight.dtype],
+            TYPES[weight.dtype],
             rows,
             columns,
             group_size,
@@ -122,7 +124,7 @@ def ovp_quantize_cuda(
             codes.data_ptr(),
             scale.data_ptr(),
             not_finite.data_ptr(),
-            _stream(weight.device),
+            stream_of(weight.device),
         )
     _check_finite(not_finite)
     return codes, scale
@@ -131,13 +133,13 @@ def ovp_quantize_cuda(
 def ovp_encode_cuda(weight: Tensor, scale: Tensor, codebook: Tensor, group_size: int, pairing: str) -> Tensor:
     """`ovp_encode` on the GPU; waits for the result, to report values that are not finite."""
     rows, columns = schemas.check_encode(weight, scale, codebook, group_size, pairing)
-    weight, scale, codebook = _aligned(weight), scale.contiguous(), codebook.contiguous()
+    weight, scale, codebook = aligned(weight), scale.contiguous(), codebook.contiguous()
     codes = torch.empty(codes_shape(rows, columns), dtype=torch.uint8, device=weight.device)
     not_finite = torch.zeros(1, dtype=torch.int32, device=weight.device)
-    with _on(weight.device):
-        _kernels().encode(
+    with on_device(weight.device):
+        kernels().encode(
             weight.data_ptr(),
-            _TYPES[weight.dtype],
+            TYPES[weight.dtype],
             rows,
             columns,
             group_size,
@@ -146,7 +148,7 @@ def ovp_encode_cuda(weight: Tensor, scale: Tensor, codebook: Tensor, group_size:
             scale.data_ptr(),
             codes.data_ptr(),
             not_finite.data_ptr(),
-            _stream(weight.device),
+            stream_of(weight.device),
         )
     _check_finite(not_finite)
     return codes
@@ -163,8 +165,8 @@ def _decode(
 ) -> Tensor:
     """Codes of either layout to [N, K]."""
     out = torch.empty((rows, columns), dtype=dtype, device=codes.device)
-    with _on(codes.device):
-        _kernels().decode(
+    with on_device(codes.device):
+        kernels().decode(
             codes.data_ptr(),
             scale.data_ptr(),
             codebook.data_ptr(),
@@ -173,8 +175,8 @@ def _decode(
             group_size,
             codes.dim() == 3,
             out.data_ptr(),
-            _TYPES[dtype],
-            _stream(codes.device),
+            TYPES[dtype],
+            stream_of(codes.device),
         )
     return out
 
@@ -197,8 +199,8 @@ def ovp_pack_cuda(codes: Tensor, scale: Tensor, in_features: int, group_size: in
     size = (rows, in_features, group_size)
     packed_codes = torch.empty(CUDA_LAYOUT.codes_shape(*size), dtype=torch.uint8, device=codes.device)
     packed_scale = torch.empty(CUDA_LAYOUT.scale_shape(*size), dtype=torch.int16, device=codes.device)
-    with _on(codes.device):
-        _kernels().pack(
+    with on_device(codes.device):
+        kernels().pack(
             codes.data_ptr(),
             scale.data_ptr(),
             rows,
@@ -206,7 +208,7 @@ def ovp_pack_cuda(codes: Tensor, scale: Tensor, in_features: int, group_size: in
             group_size,
             packed_codes.data_ptr(),
             packed_scale.data_ptr(),
-            _stream(codes.device),
+            stream_of(codes.device),
         )
     return packed_codes, packed_scale
 
@@ -217,15 +219,15 @@ def ovp_unpack_cuda(
     """`ovp_unpack` on the GPU."""
     schemas.check_packed(codes, CUDA_LAYOUT)
     schemas.check_stored(codes, scale, None, out_features, in_features, group_size, CUDA_LAYOUT)
-    codes, scale = _aligned(codes), _aligned(scale)
+    codes, scale = aligned(codes), aligned(scale)
     canonical_codes = torch.empty(
         codes_shape(out_features, in_features), dtype=torch.uint8, device=codes.device
     )
     canonical_scale = torch.empty(
         scale_shape(out_features, in_features, group_size), dtype=torch.int16, device=codes.device
     )
-    with _on(codes.device):
-        _kernels().unpack(
+    with on_device(codes.device):
+        kernels().unpack(
             codes.data_ptr(),
             scale.data_ptr(),
             out_features,
@@ -233,7 +235,7 @@ def ovp_unpack_cuda(
             group_size,
             canonical_codes.data_ptr(),
             canonical_scale.data_ptr(),
-            _stream(codes.device),
+            stream_of(codes.device),
         )
     return canonical_codes, canonical_scale
 
@@ -253,7 +255,7 @@ def ovp_linear_cuda(
     columns = int(input.shape[-1])
     if codes.dim() == 2:
         codes, scale = ovp_pack_cuda(codes, scale, columns, group_size)
-    codes, scale, codebook = _aligned(codes), _aligned(scale), codebook.contiguous()
+    codes, scale, codebook = aligned(codes), aligned(scale), codebook.contiguous()
     bias = None if bias is None else bias.contiguous()
     rows = input.numel() // columns
     if rows == 0:
@@ -265,11 +267,11 @@ def ovp_linear_cuda(
         weight = _decode(codes, scale, codebook, out_features, columns, group_size, input.dtype)
         return linear(input, weight, None if bias is None else bias.to(input.dtype))
     x = input.reshape(rows, columns)
-    x = _aligned(x if columns % 8 == 0 else pad(x, (0, -columns % 8)))  # rows of whole 16-byte loads
+    x = aligned(x if columns % 8 == 0 else pad(x, (0, -columns % 8)))  # rows of whole 16-byte loads
     out = torch.empty((*input.shape[:-1], out_features), dtype=input.dtype, device=input.device)
     arguments = (
         x.data_ptr(),
-        _TYPES[input.dtype],
+        TYPES[input.dtype],
         rows,
         out_features,
         int(x.shape[1]),
@@ -278,17 +280,17 @@ def ovp_linear_cuda(
         scale.data_ptr(),
         codebook.data_ptr(),
         0 if bias is None else bias.data_ptr(),
-        0 if bias is None else _TYPES[bias.dtype],
+        0 if bias is None else TYPES[bias.dtype],
         out.data_ptr(),
     )
-    with _on(input.device):
+    with on_device(input.device):
         if plan.kernel == "wgmma":
-            _kernels().linear_wgmma(*arguments, plan.rows, plan.tokens, _stream(input.device))
+            kernels().linear_wgmma(*arguments, plan.rows, plan.tokens, stream_of(input.device))
             return out
         partial = None
         if plan.split > 1 and not gpu.clusters:
             shape = (plan.split, rows, out_features)
             partial = torch.empty(shape, dtype=torch.float32, device=input.device)
         address = 0 if partial is None else partial.data_ptr()
-        _kernels().linear_mma(*arguments, address, plan.tokens, plan.split, _stream(input.device))
+        kernels().linear_mma(*arguments, address, plan.tokens, plan.split, stream_of(input.device))
     return out

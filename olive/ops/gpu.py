@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from olive.ops import cuda, reference, triton
+from olive.ops import cuda, cuda_quantized, reference, reference_quantized, triton, triton_quantized
 from olive.ops.schemas import library
 
 VARIABLE = "OLIVE_GPU_BACKEND"
@@ -30,7 +30,40 @@ _REFERENCE: _Functions = {
     "ovp_pack": reference.ovp_pack_reference,
     "ovp_unpack": reference.ovp_unpack_reference,
     "ovp_linear": reference.ovp_linear_reference,
+    "quantize_activations": reference_quantized.quantize_activations_reference,
+    "ovp_linear_quantized": reference_quantized.ovp_linear_quantized_reference,
+    "ovp8_quantize": reference_quantized.ovp8_quantize_reference,
+    "ovp8_decode": reference_quantized.ovp8_decode_reference,
+    "ovp8_linear": reference_quantized.ovp8_linear_reference,
 }
+_TRITON: _Functions = {
+    **_REFERENCE,
+    "ovp_quantize": triton.ovp_quantize_triton,
+    "ovp_encode": triton.ovp_encode_triton,
+    "ovp_decode": triton.ovp_decode_triton,
+    "ovp_linear": triton.ovp_linear_triton,
+    "quantize_activations": triton_quantized.quantize_activations_triton,
+    "ovp_linear_quantized": triton_quantized.ovp_linear_quantized_triton,
+    "ovp8_quantize": triton_quantized.ovp8_quantize_triton,
+    "ovp8_decode": triton_quantized.ovp8_decode_triton,
+    "ovp8_linear": triton_quantized.ovp8_linear_triton,
+}
+
+
+def _device_of(arguments: tuple[Any, ...]) -> torch.device:
+    return next(argument.device for argument in arguments if isinstance(argument, Tensor))
+
+
+def _without_cuda(name: str) -> Callable[..., Any]:
+    """An operator that `olive._cuda` has no kernel for: Triton's where it can serve, else the reference."""
+
+    def run(*arguments: Any) -> Any:
+        functions = _REFERENCE if triton.missing(_device_of(arguments)) else _TRITON
+        return functions[name](*arguments)
+
+    return run
+
+
 _BACKENDS: dict[str, _Functions] = {
     "cuda": {
         "ovp_quantize": cuda.ovp_quantize_cuda,
@@ -39,14 +72,13 @@ _BACKENDS: dict[str, _Functions] = {
         "ovp_pack": cuda.ovp_pack_cuda,
         "ovp_unpack": cuda.ovp_unpack_cuda,
         "ovp_linear": cuda.ovp_linear_cuda,
+        "quantize_activations": cuda_quantized.quantize_activations_cuda,
+        "ovp_linear_quantized": cuda_quantized.ovp_linear_quantized_cuda,
+        "ovp8_quantize": _without_cuda("ovp8_quantize"),
+        "ovp8_decode": _without_cuda("ovp8_decode"),
+        "ovp8_linear": _without_cuda("ovp8_linear"),
     },
-    "triton": {
-        **_REFERENCE,
-        "ovp_quantize": triton.ovp_quantize_triton,
-        "ovp_encode": triton.ovp_encode_triton,
-        "ovp_decode": triton.ovp_decode_triton,
-        "ovp_linear": triton.ovp_linear_triton,
-    },
+    "triton": _TRITON,
     "reference": _REFERENCE,
 }
 
@@ -92,10 +124,6 @@ def has_packed_layout(device: torch.device) -> bool:
     if device.type == "cpu":
         return True
     return device.type == "cuda" and gpu_backend(device) == "cuda"
-
-
-def _device_of(arguments: tuple[Any, ...]) -> torch.device:
-    return next(argument.device for argument in arguments if isinstance(argument, Tensor))
 
 
 def _chosen(name: str) -> Callable[..., Any]:

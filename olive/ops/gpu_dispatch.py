@@ -71,6 +71,15 @@ MMA_TILES = (
 )
 WGMMA_TILES = ((128, 64), (128, 128), (128, 256), (256, 128))  # rows, tokens
 
+# The same for csrc/cuda/linear_quantized_mma.cu and linear_quantized_wgmma_sm90.cu.
+QUANTIZED_MMA_TILES = (
+    _MmaTile(8, 64, 8, 2, 86_528),
+    _MmaTile(16, 128, 2, 2, 90_624),
+    _MmaTile(32, 128, 2, 1, 115_712),
+    _MmaTile(64, 256, 1, 1, 148_480),
+)
+QUANTIZED_WGMMA_TILES = ((128, 64), (128, 128), (128, 256))
+
 # mma.sync is bound by its products from 64 rows on, at half of memory speed; wgmma has twice the rate.
 # Predicted; below 33 rows both are bound by memory, and mma.sync needs no whole 64 rows.
 WGMMA_FROM_ROWS = 33
@@ -86,14 +95,19 @@ BLACKWELL_DECODE_FROM_ROWS = 256
 # GPUs with 99 KiB of shared memory decode each weight once per 16 activation rows.
 SMALL_DECODE_FROM_ROWS = 96
 
+# As WGMMA_FROM_ROWS. Predicted: up to here the integer kernels are bound by memory and look-ups alike.
+QUANTIZED_WGMMA_FROM_ROWS = 33
+
 RESERVED_BYTES = 1024  # of shared memory, per resident block
 SPLITS = (8, 4, 2, 1)
 _DECODE_CLOCKS = 180  # per warpgroup, 64 rows and 64 columns: counted instructions and their latencies
 _L2_BYTES_PER_CLOCK = 32  # per multiprocessor
+_INT8_DECODE_CLOCKS = 200  # per warpgroup, 64 rows and 128 columns: 128 of look-ups, and latencies
+_LANES = 128  # instructions per clock and multiprocessor
 
 
-def _mma_plan(m: int, n: int, k: int, gpu: Gpu) -> Plan | None:
-    fitting = [tile for tile in MMA_TILES if tile.shared <= gpu.shared_per_block]
+def _mma_plan(m: int, n: int, k: int, gpu: Gpu, tiles: tuple[_MmaTile, ...]) -> Plan | None:
+    fitting = [tile for tile in tiles if tile.shared <= gpu.shared_per_block]
     if not fitting:
         return None
     tile = next((tile for tile in fitting if tile.tokens >= m), fitting[-1])
@@ -141,4 +155,52 @@ def choose_linear(m: int, n: int, k: int, dtype: torch.dtype, gpu: Gpu) -> Plan:
         filled = ceil(n / rows) * ceil(m / tokens) / gpu.multiprocessors
         if m > MMA_TILES[-1].tokens or filled >= WGMMA_LEAST_FILLED:
             return Plan("wgmma", tokens=tokens, rows=rows)
-    return _mma_plan(m, n, k, gpu) or Plan("decode")
+    return _mma_plan(m, n, k, gpu, MMA_TILES) or Plan("decode")
+
+
+def quantized_wgmma_tiles(group_size: int, activation_group_size: int) -> tuple[tuple[int, int], ...]:
+    """Rows and tokens of the tiles that the integer wgmma kernel has for these groups."""
+    has_wide = group_size != 32 and activation_group_size <= 0
+    return QUANTIZED_WGMMA_TILES if has_wide else QUANTIZED_WGMMA_TILES[:-1]
+
+
+def _quantized_wgmma_clocks(
+    m: int, n: int, rows: int, tokens: int, group_size: int, activation_group_size: int, gpu: Gpu
+) -> float:
+    """Predicted clocks per 128 columns, as `_wgmma_clocks`: besides, the instructions that scale sums."""
+    rounds = ceil(ceil(n / rows) * ceil(m / tokens) / gpu.multiprocessors)
+    groups = [size for size in (group_size, activation_group_size) if size > 0]
+    runs = 128 // min(groups) if groups else 0
+    scaling = runs * 64 * (3 if activation_group_size > 0 else 2) / _LANES  # clocks per token, a warpgroup
+    products = tokens * 2  # of a warpgroup
+    last = min(tokens, 64) * scaling / max(runs, 1)  # which no product hides
+    issue = 2 * (tokens * scaling + 64 * 128 * 5 / 4 / _LANES)
+    traffic = (tokens * 128 + rows * 64) / _L2_BYTES_PER_CLOCK
+    return rounds * max(2 * products, issue, products + _INT8_DECODE_CLOCKS + last, traffic)
+
+
+@lru_cache(maxsize=4096)
+def choose_linear_quantized(
+    m: int, n: int, k: int, group_size: int, activation_group_size: int, gpu: Gpu
+) -> Plan:
+    """The kernel for int8 levels of activations [M, K] and of a weight [N, K].
+
+    Args:
+        m: rows, >= 1.
+        n: output features.
+        k: input features.
+        group_size: of the weight.
+        activation_group_size: of the activations.
+        gpu: where it runs; "mma" runs everywhere, however many rows there are.
+    """
+    if gpu.capability == HOPPER and m >= QUANTIZED_WGMMA_FROM_ROWS:
+        rows, tokens = min(
+            quantized_wgmma_tiles(group_size, activation_group_size),
+            key=lambda tile: _quantized_wgmma_clocks(
+                m, n, tile[0], tile[1], group_size, activation_group_size, gpu
+            ),
+        )
+        filled = ceil(n / rows) * ceil(m / tokens) / gpu.multiprocessors
+        if m > QUANTIZED_MMA_TILES[-1].tokens or filled >= WGMMA_LEAST_FILLED:
+            return Plan("wgmma", tokens=tokens, rows=rows)
+    return _mma_plan(m, n, k, gpu, QUANTIZED_MMA_TILES) or Plan("mma", tokens=QUANTIZED_MMA_TILES[0].tokens)

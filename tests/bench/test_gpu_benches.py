@@ -17,7 +17,7 @@ from typer.testing import CliRunner
 
 from bench.common import gpu_environment
 from bench.gpu import __main__ as everything
-from bench.gpu import bars, generate, linear, quantize, sweep
+from bench.gpu import bars, generate, linear, quantize, quantized, sweep
 from bench.gpu.candidates import BASELINE, Candidate, olive, torch_bf16, words
 from bench.gpu.data import Problem, ends
 from bench.gpu.generate import Lengths, Section
@@ -189,10 +189,26 @@ def test_plans_cover_the_tiles_that_fit() -> None:
     assert all(len(set(map(words, found))) == len(found) for found in (few, many))
 
 
+def test_plans_for_quantized_activations_are_those_of_their_kernels() -> None:
+    kinds = quantized.KINDS
+    many = sweep.quantized_plans_of(4096, H200, kinds["olive_w4a8"])
+    assert {plan.tokens for plan in many if plan.kernel == "wgmma"} == {64, 128, 256}
+    grouped = sweep.quantized_plans_of(4096, H200, kinds["olive_w4a8_g128"])
+    assert {plan.tokens for plan in grouped if plan.kernel == "wgmma"} == {64, 128}
+    assert {plan.kernel for plan in sweep.quantized_plans_of(4096, SMALL, kinds["olive_w4a8"])} == {"mma"}
+
+
+@pytest.mark.parametrize("name", quantized.KINDS)
+def test_quantized_activations_are_held_to_their_own_values(name: str, problem: Problem) -> None:
+    made, x = quantized.QUANTIZED[name](problem), problem.activations(3)
+    assert check(problem, made, x, 0.01) < 0.01
+    assert float((made.values(x) - x.double()).norm() / x.double().norm()) > 0.001
+
+
 def test_shapes_and_rows_are_those_of_the_bars() -> None:
     for shape in bars.SPEEDUPS:
         assert shape in linear.SHAPES
-        assert set(bars.BAR_ROWS) <= set(linear.rows_of(*shape))
+        assert set(bars.BAR_ROWS) | set(bars.QUANTIZED_ROWS) <= set(linear.rows_of(*shape))
     assert sum(8192 in linear.rows_of(*shape) for shape in linear.SHAPES) == 2
 
 
@@ -204,21 +220,23 @@ def test_bars_are_met_or_missed() -> None:
         figures(op="ovp_linear", n="4096", k="4096", m="64", note="failed: result"),
         figures(op="ovp_linear", n="4096", k="4096", m="16", speedup="8", backend="olive_triton"),
         figures(op="ovp_linear", n="73728", k="12288", m="1", speedup="3", of_copy="0.8"),
+        figures(op="ovp_linear", n="4096", k="4096", m="1024", speedup="1.55", backend="olive_w4a8"),
         figures(op="ovp_quantize", mweights_s="350"),
         figures(op="ovp_encode", of_copy="0.5"),
         figures(op="generate", m="8", speedup="9"),
     ]
-    linear_table, others = bars.tables(rows)
+    linear_table, quantized_table, others = bars.tables(rows)
     printed = io.StringIO()
     console = Console(width=200, file=printed)
-    console.print(linear_table)
-    console.print(others)
+    for table in (linear_table, quantized_table, others):
+        console.print(table)
     text = printed.getvalue()
     for expected in (
         "2.25 / 2.2 met",
         "1.90 / 2 missed",
         "- / 1.5",
         "3.00 / 3.5 missed",
+        "1.55 / 1.4 met",
         "80.00 / 80 met",
         "20.00 / 30 met",  # seconds: less is better
         "50.00 / 60 missed",
@@ -244,7 +262,7 @@ def test_bars_of_a_file(tmp_path: Path) -> None:
     ("module", "ops"),
     [
         (linear, {"copy", "product", "ovp_linear"}),
-        (quantize, {"copy", "ovp_encode", "ovp_decode", "ovp_quantize"}),
+        (quantize, {"copy", "ovp_encode", "ovp_decode", "quantize_activations", "ovp_quantize"}),
         (generate, {"generate_eager", "generate", "prefill", "quantize_model"}),
     ],
 )

@@ -31,9 +31,12 @@ SOURCES = (
     HERE / "emulator/machine.cpp",
     HERE / "emulator/module.cpp",
     CSRC / "bindings/cuda.cpp",
-    *(CSRC / "cuda" / f"{name}.cu" for name in ("pack", "decode", "encode", "search")),
-    CSRC / "cuda/linear_mma.cu",
-    CSRC / "cuda/linear_wgmma_sm90.cu",
+    *(
+        CSRC / "cuda" / f"{name}.cu"
+        for name in ("pack", "decode", "encode", "search", "quantize_activations")
+    ),
+    *(CSRC / "cuda" / f"linear_{name}.cu" for name in ("mma", "quantized_mma")),
+    *(CSRC / "cuda" / f"linear_{name}_sm90.cu" for name in ("wgmma", "quantized_wgmma")),
 )
 # Without contraction, as nvcc's -fmad=false for the encoders.
 FLAGS = (
@@ -103,8 +106,8 @@ def cuda_on_cpu(
     cuda.gpu_of.cache_clear()
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(cuda, "_MODULE", module)
-        patch.setattr(cuda, "_on", lambda device: nullcontext())
-        patch.setattr(cuda, "_stream", lambda device: 0)
+        patch.setattr(cuda, "on_device", lambda device: nullcontext())
+        patch.setattr(cuda, "stream_of", lambda device: 0)
         yield module
     cuda.gpu_of.cache_clear()
 

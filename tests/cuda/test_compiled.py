@@ -15,10 +15,11 @@ import torch
 from olive.ops import cuda
 
 ARCHITECTURES = ("sm_80", "sm_90a", "sm_100", "sm_120")
-# Tiles of 16 and 64 activation rows use all the registers they may have: on Blackwell a few values outside
-# the loops are spilled. (That loops touch no local memory is a test of its own, without exceptions.)
-SPILLING = ("sm_100", "sm_120"), r"Li1ELi8ELi2ELi8|Li1ELi2ELi2ELi4", 16
-PRODUCTS = re.compile(r"\b(HMMA|HGMMA)\b")
+# Tiles of 16 and 64 activation rows, and of 8 with groups of activations, use all the registers they may
+# have: on Blackwell a few values outside the loops are spilled. (That loops touch no local memory is a test
+# of its own, without exceptions.)
+SPILLING = ("sm_100", "sm_120"), r"Li1ELi8ELi2ELi8|Li1ELi2ELi2ELi4|ScalingE2.*Li1ELi1ELi4", 24
+PRODUCTS = re.compile(r"\b(HMMA|HGMMA|IMMA|IGMMA)\b")
 
 
 def _disassembler() -> str | None:
@@ -132,6 +133,36 @@ def test_products_are_not_serialised_with_their_waits() -> None:
         groups = re.split(r"WARPGROUP\.DEPBAR", code)[:-1]
         assert groups
         assert all(len(re.findall(r"HGMMA", group)) == per_step for group in groups), name
+
+
+def test_integer_products_use_integer_tensor_cores() -> None:
+    for architecture in _built_for():
+        for name, code in _kernels(architecture, "ovp_linear_quantized_mma_kernel").items():
+            assert "IMMA.16832.S8.S8" in code, name
+            assert not re.search(r"\bHMMA\b", code), name
+            assert "LDG.E.NA.128" in code and "LDSM.16.M88.4" in code and "LDGSTS" in code, name
+            if "ScalingE0" not in name:  # sums become floats by a subtraction
+                assert not re.search(r"I2FP?\.F32\.S32", code), name
+        for name, code in _kernels(architecture, "ovp_linear_quantized_wgmma_kernel").items():
+            if architecture != "sm_90a":
+                assert "IGMMA" not in code and len(code.splitlines()) < 100, name  # an empty kernel
+                continue
+            assert "IGMMA.64x" in code and "UTMALDG.2D" in code and "USETMAXREG" in code, name
+            assert ("UBLKCP" in code) == ("ScalingE2" in name), name  # scales of activations
+
+
+def test_integer_products_go_on_while_sums_are_scaled() -> None:
+    """Every unit but the last is scaled with the next one under way; without scales, one wait per step."""
+    if "sm_90a" not in _built_for():
+        pytest.skip("not built for Hopper")
+    for name, code in _kernels("sm_90a", "ovp_linear_quantized_wgmma_kernel").items():
+        found = re.search(r"ScalingE(\d)ELi(\d+)ELi(\d+)", name)
+        assert found is not None
+        scaling, block, tokens = map(int, found.groups())
+        units = 1 if scaling == 0 else 128 // block * (tokens // 64)
+        waits = re.findall(r"WARPGROUP\.DEPBAR\.LE gsb0, (0x\d)", code)
+        assert waits == ["0x1"] * (units - 1) + ["0x0"], name
+        assert len(re.findall(r"IGMMA", code)) == (4 if scaling == 0 else 4 * (tokens // 64)), name
 
 
 def test_a_call_without_a_gpu_says_so() -> None:

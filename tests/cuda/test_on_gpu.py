@@ -12,7 +12,7 @@ from torch import Tensor
 
 import olive
 from olive import QuantConfig, ops
-from olive.formats import GROUP_SIZES
+from olive.formats import GROUP_SIZES, pack_scale
 from olive.ops.gpu import gpu_backend
 from olive.ptq import quantize_weight
 from tests.ops.cpu_cases import BOOKS, DTYPES, heavy_tailed, random_weight
@@ -26,6 +26,17 @@ SHAPES = ((1, 1), (5, 7), (33, 200), (130, 1100), (64, 4096))
 
 def _on_gpu(*tensors: Tensor) -> list[Tensor]:
     return [tensor.cuda() for tensor in tensors]
+
+
+def _activations(format: str, group_size: int) -> tuple[Any, ...]:
+    """The operators' arguments after the weight's."""
+    table = BOOKS["int4"].tensor() if format == "ovp4" else None
+    static = pack_scale(torch.tensor([0.02]), torch.tensor([False])) if group_size == 0 else None
+    return format, group_size, "optimal", table, static
+
+
+def _moved(arguments: tuple[Any, ...]) -> list[Any]:
+    return [value.cuda() if isinstance(value, Tensor) else value for value in arguments]
 
 
 @pytest.mark.parametrize("group_size", GROUP_SIZES)
@@ -60,6 +71,39 @@ def test_encode_decode_and_pack_give_the_cpus_bits(book: str, group_size: int) -
             assert torch.equal(expected, got.cpu())
 
 
+@pytest.mark.parametrize("group_size", GROUP_SIZES)
+@pytest.mark.parametrize("format", ["int8", "ovp4", "ovp8"])
+def test_quantizing_activations_gives_the_cpus_bits(format: str, group_size: int) -> None:
+    arguments = _activations(format, group_size)
+    for shape in SHAPES:
+        for dtype in DTYPES:
+            x = (50 * heavy_tailed(*shape)).to(dtype)
+            level_type = torch.bfloat16 if format == "ovp8" else torch.int8
+            expected = ops.quantize_activations(x, *arguments, level_type)
+            got = ops.quantize_activations(x.cuda(), *_moved(arguments), level_type)
+            for wanted, found in zip(expected, got, strict=True):
+                assert torch.equal(wanted, found.cpu())
+
+
+@pytest.mark.parametrize("rows", [1, 16, 64, 300])
+@pytest.mark.parametrize("format", ["int8", "ovp4"])
+@pytest.mark.parametrize(("group_size", "activation_group_size"), [(-1, -1), (0, 0), (128, -1), (32, 64)])
+def test_integer_products_are_the_cpus(
+    group_size: int, activation_group_size: int, format: str, rows: int
+) -> None:
+    """With scales in between, sums may be added in another order."""
+    arguments = _activations(format, activation_group_size)
+    codes, scale, table = random_weight(130, 1100, group_size, "adaptive")
+    x = (50 * heavy_tailed(rows, 1100)).bfloat16()
+    expected = ops.ovp_linear_quantized(x, codes, scale, table, None, 130, group_size, *arguments)
+    on_gpu = _on_gpu(x, codes, scale, table)
+    got = ops.ovp_linear_quantized(*on_gpu, None, 130, group_size, *_moved(arguments)).cpu()
+    if group_size <= 0 and activation_group_size <= 0:
+        assert torch.equal(got, expected)
+    limit = 2.0**-8 * expected.abs() + 2.0**-20 * expected.abs().amax(1, keepdim=True)
+    assert bool(((got.double() - expected.double()).abs() <= limit).all())
+
+
 def test_values_that_are_not_finite_are_refused() -> None:
     weight = torch.randn(64, 256, device="cuda")
     weight[63, 255] = torch.inf
@@ -83,6 +127,10 @@ def test_opcheck(dtype: torch.dtype) -> None:
     x = torch.randn(3, 128, dtype=dtype, device="cuda", requires_grad=True)
     torch.library.opcheck(torch.ops.olive.ovp_linear.default, (x, *packed, table, None, 64, 64))
     torch.library.opcheck(torch.ops.olive.ovp_decode.default, (codes, scale, table, 128, 64, dtype))
+    arguments, plain = _moved(_activations("ovp4", -1)), x.detach()
+    torch.library.opcheck(torch.ops.olive.quantize_activations.default, (plain, *arguments, torch.int8))
+    linear = torch.ops.olive.ovp_linear_quantized.default
+    torch.library.opcheck(linear, (plain, *packed, table, None, 64, 64, *arguments))
 
 
 @pytest.mark.parametrize("rows", [1, 16, 64, 300])
@@ -104,6 +152,44 @@ def test_the_hot_path_neither_waits_nor_allocates_beyond_its_output(rows: int) -
         torch.cuda.set_sync_debug_mode("default")
     assert after - before == 1
     assert out.shape == (rows, 4096)
+
+
+@pytest.mark.parametrize("format", ["int8", "ovp4"])
+@pytest.mark.parametrize("rows", [1, 64, 300])
+def test_quantized_activations_neither_wait_nor_allocate_beyond_their_levels(rows: int, format: str) -> None:
+    if gpu_backend(torch.device("cuda", torch.cuda.current_device())) != "cuda":
+        pytest.skip("the CUDA kernels were not built")
+    if torch.cuda.get_device_capability() < (9, 0):
+        pytest.skip("blocks form no clusters before Hopper: a split needs a buffer")
+    codes, scale, table = _on_gpu(*random_weight(4096, 4096, 128, "adaptive"))
+    arguments = (
+        *ops.ovp_pack(codes, scale, 4096, 128),
+        table,
+        None,
+        4096,
+        128,
+        *_moved(_activations(format, -1)),
+    )
+    x = torch.randn(rows, 4096, dtype=torch.bfloat16, device="cuda")
+    expected = ops.ovp_linear_quantized(x, *arguments)
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        before = torch.cuda.memory_stats()["allocation.all.allocated"]
+        ops.ovp_linear_quantized(x, *arguments)
+        after = torch.cuda.memory_stats()["allocation.all.allocated"]
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    assert after - before == 3
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        ops.ovp_linear_quantized(x, *arguments)
+    torch.cuda.current_stream().wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = ops.ovp_linear_quantized(x, *arguments)
+    graph.replay()
+    assert torch.equal(captured, expected)
 
 
 @pytest.mark.parametrize("rows", [1, 16, 64, 300])

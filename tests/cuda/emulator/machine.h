@@ -31,7 +31,8 @@ struct Meeting {
 struct Copy {
   unsigned char* to;
   const unsigned char* from;
-  int bytes;  // the rest of 16 is zeros
+  int bytes;  // the rest of `size` is zeros
+  int size;
 };
 
 struct BoxCopy {

@@ -22,13 +22,9 @@
 
 struct __half {};
 struct __nv_bfloat16 {};
-struct uint2 {
-  uint32_t x, y;
-};
 struct uint4 {
   uint32_t x, y, z, w;
 };
-inline uint2 make_uint2(uint32_t x, uint32_t y) { return {x, y}; }
 inline uint4 make_uint4(uint32_t x, uint32_t y, uint32_t z, uint32_t w) { return {x, y, z, w}; }
 
 #define threadIdx (::olive::emulator::Index{static_cast<unsigned>(::olive::emulator::self().index), 0, 0})
@@ -154,6 +150,7 @@ struct TensorMap {
   const unsigned char* data;
   std::int64_t rows, columns;
   int box_rows;
+  int bytes;  // of an element
 };
 
 inline std::uint32_t shared_address(const void* pointer) {
@@ -183,7 +180,12 @@ inline void copy_async(std::uint32_t to, const void* from, bool valid) {
   if (valid && reinterpret_cast<std::uintptr_t>(from) % 16 != 0) {
     throw std::runtime_error("emulator: misaligned 16-byte copy");
   }
-  self().open.push_back({shared_at(to, 16), static_cast<const unsigned char*>(from), valid ? 16 : 0});
+  self().open.push_back({shared_at(to, 16), static_cast<const unsigned char*>(from), valid ? 16 : 0, 16});
+}
+
+inline void copy_async_word(std::uint32_t to, const void* from) {
+  if (reinterpret_cast<std::uintptr_t>(from) % 4 != 0) throw std::runtime_error("emulator: misaligned 4-byte copy");
+  self().open.push_back({shared_at(to, 4), static_cast<const unsigned char*>(from), 4, 4});
 }
 
 inline void copy_async_commit() {
@@ -196,7 +198,7 @@ void copy_async_wait() {
   auto& groups = self().groups;
   while (groups.size() > kPending) {
     for (const auto& copy : groups.front()) {
-      std::memset(copy.to, 0, 16);
+      std::memset(copy.to, 0, static_cast<std::size_t>(copy.size));
       if (copy.bytes > 0) std::memcpy(copy.to, copy.from, static_cast<std::size_t>(copy.bytes));
     }
     groups.erase(groups.begin());
@@ -247,6 +249,44 @@ void multiply_16x8x16(float (&sum)[4], const std::uint32_t (&a)[4], std::uint32_
       }
     }
   });
+}
+
+inline int int8_of(std::uint32_t word, int which) { return static_cast<std::int8_t>(word >> (8 * which)); }
+
+inline void multiply_int8(int (&sum)[4], const std::uint32_t (&a)[4], std::uint32_t b0, std::uint32_t b1) {
+  struct Lane {
+    int* sum;
+    const std::uint32_t* a;
+    std::uint32_t b[2];
+  } lane = {sum, a, {b0, b1}};
+  warp_meet(&lane, [](const void* const* all) {
+    int left[16][32], right[32][8];
+    for (int i = 0; i < 32; ++i) {
+      const auto* from = static_cast<const Lane*>(all[i]);
+      const int group = i / 4, thread = i % 4;
+      for (int e = 0; e < 4; ++e) {
+        for (int r = 0; r < 4; ++r) {
+          left[group + 8 * (r & 1)][4 * thread + 16 * (r >> 1) + e] = int8_of(from->a[r], e);
+        }
+        for (int r = 0; r < 2; ++r) right[4 * thread + 16 * r + e][group] = int8_of(from->b[r], e);
+      }
+    }
+    for (int i = 0; i < 32; ++i) {
+      auto* to = static_cast<const Lane*>(all[i])->sum;
+      for (int c = 0; c < 4; ++c) {
+        const int row = i / 4 + 8 * (c >> 1), column = 2 * (i % 4) + (c & 1);
+        std::uint32_t total = static_cast<std::uint32_t>(to[c]);  // wraps, as the hardware does
+        for (int k = 0; k < 32; ++k) total += static_cast<std::uint32_t>(left[row][k] * right[k][column]);
+        to[c] = static_cast<int>(total);
+      }
+    }
+  });
+}
+
+inline void multiply_int8_from(int start, int (&sum)[4], const std::uint32_t (&a)[4], std::uint32_t b0,
+                               std::uint32_t b1) {
+  for (int& value : sum) value = start;
+  multiply_int8(sum, a, b0, b1);
 }
 
 template <class T>
@@ -332,22 +372,33 @@ inline void copy_box(std::uint32_t to, const TensorMap* map, std::uint32_t addre
   shared_at(to, 16), shared_at(to + static_cast<std::uint32_t>(bytes) - 16, 16);
   unsigned char* base = emulator::shared_pointer(*self().block, to);
   const TensorMap source = *map;
-  barrier_at(address).copies.push_back({[=] {
-                                          for (int r = 0; r < source.box_rows; ++r) {
-                                            for (int chunk = 0; chunk < 8; ++chunk) {
-                                              unsigned char* cell = base + r * 128 + ((chunk ^ (r & 7)) * 16);
-                                              for (int e = 0; e < 8; ++e) {
-                                                const std::int64_t y = row + r, x = column + 8 * chunk + e;
-                                                std::uint16_t value = 0;
-                                                if (y < source.rows && x < source.columns) {
-                                                  std::memcpy(&value, source.data + (y * source.columns + x) * 2, 2);
-                                                }
-                                                std::memcpy(cell + 2 * e, &value, 2);
-                                              }
-                                            }
-                                          }
-                                        },
-                                        bytes});
+  const auto copy = [=] {
+    const int at_once = 16 / source.bytes;  // elements of a chunk
+    for (int r = 0; r < source.box_rows; ++r) {
+      for (int chunk = 0; chunk < 8; ++chunk) {
+        unsigned char* cell = base + r * 128 + ((chunk ^ (r & 7)) * 16);
+        for (int e = 0; e < at_once; ++e) {
+          const std::int64_t y = row + r, x = column + at_once * chunk + e;
+          const bool inside = y < source.rows && x < source.columns;
+          std::memset(cell + source.bytes * e, 0, static_cast<std::size_t>(source.bytes));
+          if (inside) {
+            std::memcpy(cell + source.bytes * e, source.data + (y * source.columns + x) * source.bytes,
+                        static_cast<std::size_t>(source.bytes));
+          }
+        }
+      }
+    }
+  };
+  barrier_at(address).copies.push_back({copy, bytes});
+}
+
+inline void copy_bulk(std::uint32_t to, const void* from, std::uint32_t bytes, std::uint32_t address) {
+  if (bytes % 16 != 0 || reinterpret_cast<std::uintptr_t>(from) % 16 != 0) {
+    throw std::runtime_error("emulator: misaligned bulk copy");
+  }
+  shared_at(to, 16), shared_at(to + bytes - 16, 16);
+  unsigned char* base = emulator::shared_pointer(*self().block, to);
+  barrier_at(address).copies.push_back({[=] { std::memcpy(base, from, bytes); }, bytes});
 }
 
 inline void prefetch_map(const TensorMap*) {}
@@ -401,21 +452,29 @@ void wgmma_wait() {
   });
 }
 
-template <int kCount>
-void hold(float (&)[kCount]) {}
+template <class T, int kCount>
+void hold(T (&)[kCount]) {}
 
-template <class T, int kColumns>
-void wgmma(float (&sum)[kColumns / 2], const std::uint32_t (&a)[4], std::uint64_t b, bool accumulate) {
+}  // namespace olive::cuda
+
+namespace olive::emulator {
+
+// One product of a warpgroup: A in registers [64 x 32 bytes], B K-major by descriptor [32 bytes x kColumns]. Element is
+// the type of A and B, and says how it is read; Sum that of the sums.
+template <class Element, int kColumns, class Sum>
+void warpgroup_product(Sum* sum, const std::uint32_t (&a)[4], std::uint64_t b, bool accumulate) {
   struct Lane {
-    float* sum;
+    Sum* sum;
     std::uint32_t a[4];
   };
-  auto& group = warpgroup();
-  const emulator::Thread& thread = self();
-  const emulator::Block* block = thread.block;
+  constexpr int kInWord = 4 / Element::kBytes, kDepth = 32 / Element::kBytes;
+  using Wide = typename Element::Wide;
+  auto& group = self().block->warpgroups[self().index / 128];
+  const Thread& thread = self();
+  const Block* block = thread.block;
   const Lane lane = {sum, {a[0], a[1], a[2], a[3]}};
   // The lanes' operands are collected as they come; the last lane queues the product.
-  static std::map<emulator::Warpgroup*, std::vector<Lane>> collected;
+  static std::map<Warpgroup*, std::vector<Lane>> collected;
   auto& lanes = collected[&group];
   lanes.resize(128);
   lanes[static_cast<std::size_t>(thread.index % 128)] = lane;
@@ -426,36 +485,63 @@ void wgmma(float (&sum)[kColumns / 2], const std::uint32_t (&a)[4], std::uint64_
       if (b >> 62 != 1) throw std::runtime_error("emulator: expected a descriptor with 128-byte swizzling");
       const auto start = static_cast<std::uint32_t>((b & 0x3FFF) << 4),
                  stride = static_cast<std::uint32_t>((b >> 32 & 0x3FFF) << 4);
-      std::vector<float> right(static_cast<std::size_t>(16) * kColumns);
+      std::vector<Wide> right(static_cast<std::size_t>(kDepth) * kColumns);
       for (int n = 0; n < kColumns; ++n) {
-        for (int k = 0; k < 16; ++k) {
-          std::uint32_t address =
-              start + static_cast<std::uint32_t>(n / 8) * stride + static_cast<std::uint32_t>(n % 8 * 128 + 2 * k);
+        for (int k = 0; k < kDepth; ++k) {
+          std::uint32_t address = start + static_cast<std::uint32_t>(n / 8) * stride +
+                                  static_cast<std::uint32_t>(n % 8 * 128 + Element::kBytes * k);
           address ^= (address >> 7 & 7) << 4;
-          std::uint16_t bits;
-          if (address + 2 - emulator::kSharedBase > block->shared_size)
+          if (address + Element::kBytes - kSharedBase > block->shared_size)
             throw std::runtime_error("emulator: B outside of shared memory");
-          std::memcpy(&bits, emulator::shared_pointer(*block, address), 2);
-          right[static_cast<std::size_t>(k * kColumns + n)] = emulator::value_of(bits, T{});
+          std::uint32_t bits = 0;
+          std::memcpy(&bits, shared_pointer(*block, address), Element::kBytes);
+          right[static_cast<std::size_t>(k * kColumns + n)] = Element::value(bits, 0);
         }
       }
       for (int i = 0; i < 128; ++i) {
         const int warp = i / 32;
-        float* to = operands[static_cast<std::size_t>(i)].sum;
+        Sum* to = operands[static_cast<std::size_t>(i)].sum;
         for (int c = 0; c < kColumns / 2; ++c) {
           const int row = (i % 32) / 4 + 8 * (c >> 1 & 1), column = 8 * (c / 4) + 2 * (i % 4) + (c & 1);
-          double total = accumulate ? to[c] : 0.0;
-          for (int k = 0; k < 16; ++k) {
-            // row r, column k of A is held by lane 4 (r % 8) + k % 8 / 2, register (r / 8) + 2 (k / 8)
-            const Lane& from = operands[static_cast<std::size_t>(32 * warp + 4 * (row % 8) + k % 8 / 2)];
-            const float left = emulator::half_of<T>(from.a[row / 8 + 2 * (k / 8)], k % 2);
-            total += static_cast<double>(left) * right[static_cast<std::size_t>(k * kColumns + column)];
+          Wide total = accumulate ? static_cast<Wide>(to[c]) : Wide{};
+          for (int k = 0; k < kDepth; ++k) {
+            // Row r, column k of A: lane 4 (r % 8) + k % (4 words) / (in a word), register (r / 8) + 2 (k / 4 words).
+            const int within = k % (4 * kInWord);
+            const Lane& from = operands[static_cast<std::size_t>(32 * warp + 4 * (row % 8) + within / kInWord)];
+            const Wide left = Element::value(from.a[row / 8 + 2 * (k / (4 * kInWord))], k % kInWord);
+            total += left * right[static_cast<std::size_t>(k * kColumns + column)];
           }
-          to[c] = static_cast<float>(total);
+          to[c] = static_cast<Sum>(total);
         }
       }
     });
   });
+}
+
+template <class T>
+struct HalfElement {
+  using Wide = double;
+  static constexpr int kBytes = 2;
+  static double value(std::uint32_t word, int which) { return half_of<T>(word, which); }
+};
+struct Int8Element {
+  using Wide = std::int64_t;  // the sum then wraps, as the hardware does
+  static constexpr int kBytes = 1;
+  static std::int64_t value(std::uint32_t word, int which) { return static_cast<std::int8_t>(word >> (8 * which)); }
+};
+
+}  // namespace olive::emulator
+
+namespace olive::cuda {
+
+template <class T, int kColumns>
+void wgmma(float (&sum)[kColumns / 2], const std::uint32_t (&a)[4], std::uint64_t b, bool accumulate) {
+  emulator::warpgroup_product<emulator::HalfElement<T>, kColumns>(sum, a, b, accumulate);
+}
+
+template <int kColumns>
+void wgmma_int8(int (&sum)[kColumns / 2], const std::uint32_t (&a)[4], std::uint64_t b, bool accumulate) {
+  emulator::warpgroup_product<emulator::Int8Element, kColumns>(sum, a, b, accumulate);
 }
 
 }  // namespace olive::cuda

@@ -28,12 +28,13 @@ void launch(const char* name, void (*kernel)(Parameters...), const Launch& shape
                 [&] { kernel(static_cast<Parameters>(arguments)...); });
 }
 
-inline TensorMap map_matrix(const void* address, bool, std::int64_t rows, std::int64_t columns, int box_rows) {
-  if (reinterpret_cast<std::uintptr_t>(address) % 16 != 0 || columns % 8 != 0) {
+inline TensorMap map_matrix(const void* address, Element element, std::int64_t rows, std::int64_t columns,
+                            int box_rows) {
+  if (reinterpret_cast<std::uintptr_t>(address) % 16 != 0 || columns * bytes_of(element) % 16 != 0) {
     throw std::runtime_error("map_matrix: misaligned matrix");
   }
   if (box_rows < 1 || box_rows > 256) throw std::runtime_error("map_matrix: a box of " + std::to_string(box_rows));
-  return {static_cast<const unsigned char*>(address), rows, columns, box_rows};
+  return {static_cast<const unsigned char*>(address), rows, columns, box_rows, bytes_of(element)};
 }
 
 }  // namespace olive::cuda
