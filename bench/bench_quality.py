@@ -11,7 +11,6 @@ with the weights that the format decodes to: only the format differs, not the ke
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -28,6 +27,7 @@ from bench.baselines import BASELINES, MX_BLOCK, Decoded
 from bench.common import RESULTS, ROOT, append_csv, environment
 from olive import ops
 from olive.config import QuantConfig
+from olive.eval import perplexity
 from olive.formats import check_group_size
 from olive.ptq import quantize_weight
 from olive.walk import walk
@@ -203,29 +203,6 @@ def embedding_distance(embeddings: Tensor, reference: Tensor) -> float:
     return float(1.0 - (embeddings.double() * reference.double()).sum(dim=1).mean())
 
 
-def perplexity(model: Any, tokens: Tensor, window: int) -> float:
-    """exp of the mean loss per token over full windows, each scored from its second token on.
-
-    Args:
-        tokens: int64 [T].
-        window: tokens per window; what is left at the end does not count.
-
-    Raises:
-        ValueError: fewer tokens than one window.
-    """
-    windows = tokens[: len(tokens) // window * window].view(-1, window)
-    if not len(windows):
-        raise ValueError(f"text: expected at least {window} tokens, got {len(tokens)}")
-    total = 0.0
-    for start in range(0, len(windows), 16):
-        part = windows[start : start + 16]
-        with torch.inference_mode():
-            logits = model(input_ids=part, use_cache=False).logits[:, :-1].float()
-        loss = nn.functional.cross_entropy(logits.flatten(0, 1), part[:, 1:].flatten(), reduction="sum")
-        total += float(loss)
-    return math.exp(total / (windows.shape[0] * (window - 1)))
-
-
 def measure_synthetic(out: Rows, quick: bool) -> None:
     """Weight error on drawn values."""
     shape = (16, 512) if quick else (1024, 1024)
@@ -259,12 +236,12 @@ def measure_causal(
     out: Rows, model: Any, tokens: Tensor, data: str, *, window: int = WINDOW, limit: int | None = None
 ) -> None:
     """Weight error and perplexity of a causal language model in float32, in eval mode."""
-    plain = perplexity(model, tokens, window)
+    plain = perplexity(model, tokens, window=window)
     out.add(FULL_PRECISION, 32.0, PERPLEXITY, data, plain)
     weights = quantizable_weights(model, limit)
     for name, decode in formats_for(out.group_size).items():
         with decoded_weights(weights, decode, out.group_size) as squares:
-            quantized = perplexity(model, tokens, window)
+            quantized = perplexity(model, tokens, window=window)
         bits = squares.bits_per_weight
         out.add(name, bits, WEIGHT_ERROR, data, squares.relative_error)
         out.add(name, bits, PERPLEXITY, data, quantized)

@@ -51,7 +51,8 @@ def quantized_input(x: Tensor, how: Activation) -> Tensor:
         x, how.format, how.group_size, "optimal", how.codebook, None, torch.float32
     )
     width = x.shape[-1] if how.group_size <= 0 else how.group_size
-    return levels * scale.repeat_interleave(width, dim=-1)[:, : x.shape[-1]]
+    values: Tensor = levels * scale.repeat_interleave(width, dim=-1)[:, : x.shape[-1]]
+    return values
 
 
 def da8w4_call(x: Tensor, n: int, k: int, group_size: int, cold_bytes: int) -> Call | None:

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import gc
 import json
-import math
 import sys
 import time
 from collections.abc import Iterator
@@ -25,20 +24,19 @@ import transformers
 import typer
 from rich import box
 from rich.console import Console
-from rich.progress import Progress
 from rich.table import Table
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 import olive  # before or after transformers, but before a quantized checkpoint is loaded
+from olive.eval import perplexity
 
 HERE = Path(__file__).resolve().parent
 BUNDLED = HERE / "tiny_llama"
 BUNDLED_WINDOW = 256  # tokens: the rule of its README
 LARGE = 100_000_000  # parameters; larger models are not read through the whole text
 LARGE_WINDOWS = 16
-LOGITS = 1 << 22  # computed at a time
 PROMPT = 'def read_lines(path):\n    """'
 MIN_RUNS, MAX_RUNS, SECONDS = 3, 10, 6.0  # of generation
 
@@ -109,28 +107,12 @@ def load(name: str | Path) -> Any:
     return model.eval()
 
 
-def windows_of(tokens: Tensor, window: int, limit: int | None) -> Tensor:
-    """Consecutive windows [W, window] of tokens [T]; what is left at the end does not count."""
-    cut = tokens[: len(tokens) // window * window].view(-1, window)[:limit]
-    if not len(cut):
+def whole_windows(tokens: Tensor, window: int, limit: int | None) -> Tensor:
+    """The tokens [T] of the first full windows; what is left at the end does not count."""
+    count = min(len(tokens) // window, limit or len(tokens))
+    if not count:
         raise typer.BadParameter(f"text: expected at least {window} tokens, got {len(tokens)}")
-    return cut
-
-
-def perplexity(model: Any, windows: Tensor, title: str) -> float:
-    """exp of the mean loss over all tokens but the first of each window."""
-    vocabulary = model.config.get_text_config().vocab_size
-    batch = max(1, LOGITS // (vocabulary * windows.shape[1]))
-    total = 0.0
-    with (
-        torch.inference_mode(),
-        Progress(console=console, transient=True, disable=not console.is_terminal) as progress,
-    ):
-        for part in progress.track(windows.split(batch), description=title):
-            logits = model(input_ids=part, use_cache=False).logits[:, :-1].float()
-            loss = nn.functional.cross_entropy(logits.flatten(0, 1), part[:, 1:].flatten(), reduction="sum")
-            total += float(loss)
-    return math.exp(total / (windows.shape[0] * (windows.shape[1] - 1)))
+    return tokens[: count * window]
 
 
 def generate(
@@ -223,11 +205,12 @@ def main(
     parameters = sum(parameter.numel() for parameter in network.parameters())
     large = parameters > LARGE
     limit = windows or (LARGE_WINDOWS if large else None)
-    part = windows_of(torch.tensor(tokens), window, limit)
+    part = whole_windows(torch.tensor(tokens), window, limit)
+    count = len(part) // window
     new_tokens = min(new_tokens, max(1, positions - prompt["input_ids"].shape[1]))
 
-    with step(f"perplexity of the bfloat16 model, {len(part)} windows of {window} tokens", spinner=False):
-        perplexity_before = perplexity(network, part, "perplexity")
+    with step(f"perplexity of the bfloat16 model, {count} windows of {window} tokens", spinner=False):
+        perplexity_before = perplexity(network, part, window=window)
     try:
         with step("quantize to 4 bits with olive.quantize", spinner=False):
             olive.quantize(network)
@@ -245,7 +228,7 @@ def main(
         del network
         gc.collect()
     with step("perplexity of the 4-bit model", spinner=False):
-        perplexity_after = perplexity(loaded, part, "perplexity")
+        perplexity_after = perplexity(loaded, part, window=window)
     with step(f"generate {new_tokens} tokens with both models, several times"):
         # With a penalty: small models go in circles.
         written, _ = generate(loaded, prompt, new_tokens, repetition_penalty=1.3)

@@ -8,6 +8,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from olive import eval as eval  # light: its names are lazy as well
+from olive import presets as presets  # light likewise
 from olive._lazy import lazy_attributes
 from olive.hf.register import register_when_imported
 

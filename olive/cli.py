@@ -9,7 +9,7 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-app = typer.Typer(help="Outlier-aware 4-bit quantization of Hugging Face models.", no_args_is_help=True)
+app = typer.Typer(help="Outlier-aware quantization of Hugging Face models.", no_args_is_help=True)
 
 
 @app.command()
@@ -33,15 +33,41 @@ def doctor() -> None:
 @app.command()
 def quantize(
     model: Annotated[str, typer.Argument(help="Hub id or folder of a causal language model.")],
-    output: Annotated[Path, typer.Argument(help="Folder for the 4-bit checkpoint; must not exist.")],
-    codebook: Annotated[str, typer.Option(help="adaptive, nf4, int4, flint4 or learned.")] = "adaptive",
+    output: Annotated[Path, typer.Argument(help="Folder for the quantized checkpoint; must not exist.")],
+    codebook: Annotated[
+        str, typer.Option(help="adaptive, nf4, int4, flint4, learned or paper; 8 bits have none.")
+    ] = "adaptive",
     group_size: Annotated[int, typer.Option(help="32, 64, 128, -1 per channel, 0 per tensor.")] = 128,
+    bits: Annotated[int, typer.Option(help="Per weight: 4 or 8.")] = 4,
+    activations: Annotated[
+        str | None, typer.Option(help="int8, ovp4 or ovp8; the default leaves them alone.")
+    ] = None,
+    activation_group_size: Annotated[int, typer.Option(help="-1 per token, or 32, 64, 128.")] = -1,
+    activation_codebook: Annotated[
+        str, typer.Option(help="Of ovp4: int4, flint4, nf4 or adaptive.")
+    ] = "int4",
     dtype: Annotated[str, typer.Option(help="auto, float32, bfloat16 or float16.")] = "auto",
 ) -> None:
     """Quantize a checkpoint while it is loaded, and save it with its tokenizer."""
     import olive
 
-    config = olive.QuantConfig(codebook=codebook, group_size=group_size)
+    try:
+        config = olive.QuantConfig(
+            bits=bits,
+            codebook=codebook,
+            group_size=group_size,
+            activations=activations,
+            activation_group_size=activation_group_size,
+            activation_codebook=activation_codebook,
+        )
+    except ValueError as error:
+        raise typer.BadParameter(str(error)) from error
+    if activation_group_size == 0:
+        raise typer.BadParameter(
+            "expected -1, 32, 64 or 128, got 0: static scales need calibration data; load the model in "
+            "Python and call olive.quantize(model, config, calibration=...)",
+            param_hint="--activation-group-size",
+        )
     if output.exists():
         raise typer.BadParameter(
             f"expected a folder that does not exist yet, got {output}", param_hint="output"

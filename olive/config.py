@@ -7,12 +7,17 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
 from typing import Any, ClassVar
 
+from olive.formats.activations import ACTIVATION_CODEBOOKS, ACTIVATION_FORMATS, PAPER, ActivationFormat
 from olive.formats.codebooks import CODEBOOK_NAMES
-from olive.formats.layout import check_group_size
+from olive.formats.layout import PER_CHANNEL, check_group_size
 
-FORMAT_VERSION = 1  # of the tensors in a checkpoint: codes, scale, codebook
+FORMAT_VERSION = 1  # of the tensors in a checkpoint: codes, scale, codebook, activation_*
 METHODS = ("search", "paper")
+BITS = (4, 8)
+OVP8 = "ovp8"  # eight bits have one set of levels, so it stands where a codebook's name would
+# OliVe's own two. Codebook "paper" is the one of least squared error on a tensor, the first on a tie.
 PAPER_CODEBOOKS = ("int4", "flint4")
+WEIGHT_CODEBOOKS = (*CODEBOOK_NAMES, PAPER)
 
 
 def _expect(name: str, value: object, allowed: tuple[object, ...]) -> None:
@@ -26,18 +31,24 @@ class QuantConfig:
     """How a model is quantized.
 
     Args:
-        bits: bits per weight code; 4.
+        bits: bits per weight code: 4 or 8.
         codebook: "adaptive" (each group decides whether the pair rule holds in it), "nf4", "int4", "flint4",
-            or "learned" (tables fitted to each tensor).
+            "learned" (tables fitted to each tensor), or "paper" (int4 or flint4, whichever has the least
+            squared error on a tensor). Eight bits have no codebook: the default becomes "ovp8".
         group_size: columns that share a scale: 32, 64, 128; -1 per output channel, 0 per tensor.
-        activations: None, activations keep the model's dtype.
+        activations: what a layer's input becomes: None, it keeps the model's dtype; "int8"; "ovp4" or "ovp8",
+            outlier-victim pairs of 4 and 8 bits.
         method: "search" tries many scales per group for the least squared error; "paper" is OliVe's own
-            search (from 3 sigma, the paper's pair rule) and goes with "int4" or "flint4".
+            search (from 3 sigma, the paper's pair rule) and goes with "int4", "flint4" and "paper", and with
+            8 bits. Activations follow the same pair rule.
         skip: module names left alone: a full name, or its last parts ("lm_head", "mlp.down_proj"), or a
             pattern with * in it.
+        activation_group_size: columns of an activation that share a scale: -1 per token, 32, 64 or 128 per
+            token and group; 0: one static scale per tensor, from calibration data.
+        activation_codebook: of "ovp4": "int4", "flint4", "nf4", "adaptive", or, with static scales, "paper".
 
     Raises:
-        ValueError: a value out of its set.
+        ValueError: a value out of its set, or values that do not go together.
         TypeError: a value of another type.
     """
 
@@ -47,25 +58,74 @@ class QuantConfig:
     activations: str | None = None
     method: str = "search"
     skip: tuple[str, ...] = ("lm_head",)
+    activation_group_size: int = PER_CHANNEL
+    activation_codebook: str = "int4"
 
     quant_method: ClassVar[str] = (
         "olive"  # by which transformers finds the quantizer of a `quantization_config`
     )
 
     def __post_init__(self) -> None:
-        _expect("bits", self.bits, (4,))
-        _expect("codebook", self.codebook, CODEBOOK_NAMES)
+        _expect("bits", self.bits, BITS)
         check_group_size(self.group_size)
-        _expect("activations", self.activations, (None,))
         _expect("method", self.method, METHODS)
-        if self.method == "paper" and self.codebook not in PAPER_CODEBOOKS:
-            raise ValueError(
-                f"codebook: expected 'int4' or 'flint4' with method 'paper', got {self.codebook!r}; "
-                f"method 'search' takes every codebook"
-            )
+        self._check_codebook()
+        self._check_activations()
         if isinstance(self.skip, str) or not all(isinstance(name, str) for name in self.skip):
             raise TypeError(f"skip: expected a tuple of module names, got {self.skip!r}")
         object.__setattr__(self, "skip", tuple(self.skip))
+
+    def _check_codebook(self) -> None:
+        if self.bits == 8:
+            if self.codebook == type(self).codebook:
+                object.__setattr__(self, "codebook", OVP8)
+            if self.codebook != OVP8:
+                raise ValueError(
+                    f"codebook: expected 'ovp8' with bits=8, because 8-bit pairs have no codebook, "
+                    f"got {self.codebook!r}"
+                )
+            return
+        if self.codebook == OVP8:
+            raise ValueError(
+                "codebook: expected a 4-bit codebook with bits=4, got 'ovp8', which goes with bits=8"
+            )
+        _expect("codebook", self.codebook, WEIGHT_CODEBOOKS)
+        if self.method == "paper" and self.codebook not in (*PAPER_CODEBOOKS, PAPER):
+            raise ValueError(
+                f"codebook: expected 'int4', 'flint4' or 'paper' with method 'paper', got {self.codebook!r}; "
+                f"method 'search' takes every codebook"
+            )
+
+    def _check_activations(self) -> None:
+        _expect("activations", self.activations, (None, *ACTIVATION_FORMATS))
+        check_group_size(self.activation_group_size, "activation_group_size")
+        _expect("activation_codebook", self.activation_codebook, ACTIVATION_CODEBOOKS)
+        if self.activations is None and self.activation_group_size != PER_CHANNEL:
+            raise ValueError(
+                f"activation_group_size: expected -1 without activations, got {self.activation_group_size}"
+            )
+        if self.activations != "ovp4" and self.activation_codebook != type(self).activation_codebook:
+            raise ValueError(
+                f"activation_codebook: expected 'int4' unless activations is 'ovp4', "
+                f"got {self.activation_codebook!r}"
+            )
+        if self.activation_codebook == PAPER and self.activation_group_size != 0:
+            raise ValueError(
+                "activation_codebook: expected 'int4', 'flint4', 'nf4' or 'adaptive' with dynamic scales, "
+                "got 'paper', which is chosen from calibration data; use it with activation_group_size=0"
+            )
+
+    @property
+    def activation_format(self) -> ActivationFormat | None:
+        """How the inputs of quantized layers are quantized; None = they are not."""
+        if self.activations is None:
+            return None
+        return ActivationFormat(
+            self.activations,
+            self.activation_group_size,
+            self.activation_codebook,
+            "paper" if self.method == "paper" else "optimal",
+        )
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values, for JSON."""

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 from torch import nn
 
@@ -22,12 +23,15 @@ class Framework:
         models: the library's outermost models in a module, itself included.
         mark: called after the modules of such a model were exchanged for quantized ones.
         unmark: the inverse.
+        tokenizer: loads the tokenizer that belongs to such a model, from where the model came from; OSError
+            or ValueError where there is none. None = the library has no such thing.
     """
 
     name: str
     models: Callable[[nn.Module], list[nn.Module]]
     mark: Callable[[nn.Module, QuantConfig], None]
     unmark: Callable[[nn.Module], None]
+    tokenizer: Callable[[nn.Module], Any] | None = None
 
 
 _REGISTERED: dict[str, Framework] = {}

@@ -2,27 +2,26 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable
-from dataclasses import dataclass
+import warnings
+from collections.abc import Callable, Iterable, Sized
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from olive import ops
 from olive._progress import ProgressBar
-from olive.config import QuantConfig
-from olive.formats import LEARNED, PER_TENSOR
+from olive.config import PAPER_CODEBOOKS, QuantConfig
+from olive.formats import LEARNED, PAPER, PER_TENSOR
 from olive.frameworks import framework_models
-from olive.nn import OVPExperts, OVPLinear
+from olive.nn import OVPExperts, OVPLinear, OVPWeight
 from olive.ops.schemas import FLOATS
-from olive.ptq import quantize_weight
+from olive.ptq import quantize_weight, quantize_weight8
+from olive.ptq.activations import activation_figures, static_scale
+from olive.ptq.batches import check_batches, run_batches
+from olive.ptq.calibration import InputCollector, InputSample
+from olive.ptq.noise import decibels, energies
 from olive.walk import Inventory, attach_config, attached_config, check_skip, exchange, walk
-
-# Decoded at a time when the error is measured: what fits a CPU's caches; a GPU is waited for each time.
-_CHUNK_VALUES = {"cpu": 1 << 20}
-_LARGE_CHUNK_VALUES = 1 << 26
 
 
 @dataclass(frozen=True)
@@ -30,15 +29,15 @@ class StoredWeight:
     """A weight, or a stack, in the canonical layout, with the quality it has.
 
     Args:
-        codes: uint8 [N, ceil(K / 2)] or [E, N, ceil(K / 2)].
+        codes: uint8 [N, ceil(K / 2)] or [E, N, ceil(K / 2)]; for 8 bits 2 ceil(K / 2) bytes a row.
         scale: int16 [N, G] or [E, N, G].
-        codebook: int8 [32].
+        codebook: int8 [32]; None for 8 bits.
         sqnr_db: signal-to-quantization-noise ratio in dB, inf if the codes hold the weight exactly.
     """
 
     codes: Tensor
     scale: Tensor
-    codebook: Tensor
+    codebook: Tensor | None
     sqnr_db: float
 
 
@@ -68,27 +67,41 @@ def quantize_parameter(
         weight = weight.transpose(-1, -2)
     if weight.dim() == 3 and config.codebook == LEARNED:
         return _quantize_as_one(weight, config, name, advance)
+    if weight.dim() == 3 and config.codebook == PAPER:  # a stack has one codebook
+        options: dict[str, Any] = {"transposed": transposed, "name": name}
+        first, second = (replace(config, codebook=book) for book in PAPER_CODEBOOKS)
+        one = quantize_parameter(parameter, first, **options)
+        other = quantize_parameter(parameter, second, **options, advance=advance)
+        return other if other.sqnr_db > one.sqnr_db else one
     if weight.dim() == 2:
-        codes, scale, table = quantize_weight(weight.contiguous(), config, name=name)
-        signal, noise = _energies(weight, codes, scale, table, config.group_size)
+        codes, scale, table = _quantize_matrix(weight, config, name)
+        signal, noise = energies(weight, codes, scale, table, config.group_size)
     else:
         parts = []
         signal = noise = 0.0
-        for index, one in enumerate(weight):
-            part = quantize_weight(one.contiguous(), config, name=f"{name}[{index}]")
-            energies = _energies(one, *part, config.group_size)
-            signal, noise = signal + energies[0], noise + energies[1]
+        for index, expert in enumerate(weight):
+            part = _quantize_matrix(expert, config, f"{name}[{index}]")
+            more = energies(expert, *part, config.group_size)
+            signal, noise = signal + more[0], noise + more[1]
             parts.append(part)
             if advance is not None:
-                advance(one.numel())
+                advance(expert.numel())
         codes, scale = (
-            torch.stack([part.codes for part in parts]),
-            torch.stack([part.scale for part in parts]),
+            torch.stack([part[0] for part in parts]),
+            torch.stack([part[1] for part in parts]),
         )
-        table = parts[0].codebook
+        table = parts[0][2]
     if advance is not None and weight.dim() == 2:
         advance(weight.numel())
-    return StoredWeight(codes, scale, table, _decibels(signal, noise))
+    return StoredWeight(codes, scale, table, decibels(signal, noise))
+
+
+def _quantize_matrix(weight: Tensor, config: QuantConfig, name: str) -> tuple[Tensor, Tensor, Tensor | None]:
+    """Codes, scale and codebook (None for 8 bits) of one weight [N, K]."""
+    if config.bits == 8:
+        return (*quantize_weight8(weight.contiguous(), config, name=name), None)
+    codes, scale, codebook = quantize_weight(weight.contiguous(), config, name=name)
+    return codes, scale, codebook
 
 
 def _quantize_as_one(
@@ -98,7 +111,7 @@ def _quantize_as_one(
     experts, rows, columns = weight.shape
     tall = weight.reshape(experts * rows, columns).contiguous()
     codes, scale, table = quantize_weight(tall, config, name=name)
-    signal, noise = _energies(tall, codes, scale, table, config.group_size)
+    signal, noise = energies(tall, codes, scale, table, config.group_size)
     if config.group_size == PER_TENSOR:
         scale = scale.expand(experts, 1).contiguous()
     if advance is not None:
@@ -107,76 +120,53 @@ def _quantize_as_one(
         codes.view(experts, rows, -1),
         scale.view(experts, -1, scale.shape[-1]),
         table,
-        _decibels(signal, noise),
+        decibels(signal, noise),
     )
-
-
-def _energies(
-    weight: Tensor, codes: Tensor, scale: Tensor, table: Tensor, group_size: int
-) -> tuple[float, float]:
-    """Sums of w^2 and of (w - decoded w)^2."""
-    rows, columns = weight.shape
-    step = max(1, _CHUNK_VALUES.get(weight.device.type, _LARGE_CHUNK_VALUES) // columns)
-    signal = noise = 0.0
-    for start in range(0, rows, step):
-        part = weight[start : start + step].float()
-        part_scale = scale if group_size == PER_TENSOR else scale[start : start + step]
-        decoded = ops.ovp_decode(
-            codes[start : start + step], part_scale, table, columns, group_size, torch.float32
-        )
-        signal += _energy(part)
-        noise += _energy(part - decoded)
-    return signal, noise
-
-
-def _energy(values: Tensor) -> float:
-    """Sum of squares of [rows, columns]: rows in float32, 1e-6 off at most, added up in float64."""
-    energy = float(torch.linalg.vector_norm(values, dim=1).double().square().sum())
-    if not 1e-20 < energy < 1e20:  # float32 squares of such values may have overflowed or vanished
-        energy = float(torch.linalg.vector_norm(values, dtype=torch.float64)) ** 2
-    return energy
-
-
-def _decibels(signal: float, noise: float) -> float:
-    if noise == 0:
-        return math.inf
-    return 10 * math.log10(signal / noise) if signal else -math.inf
 
 
 def quantize(
     model: nn.Module,
     config: QuantConfig | None = None,
     *,
-    calibration: Any = None,
+    calibration: Iterable[Any] | None = None,
+    tokenizer: Any = None,
     progress: bool | None = None,
 ) -> nn.Module:
-    """Quantize the weights of a model to 4 bits, in place.
+    """Quantize the weights of a model to 4 or 8 bits, and the inputs of its layers if asked to, in place.
 
     Linear layers, transformers' `Conv1D` and the fused experts of mixture-of-experts models are exchanged for
-    quantized modules; everything else stays (`olive.report` lists it with the reasons). No data is needed.
+    quantized modules; everything else stays (`olive.report` lists it with the reasons). Weights need no data.
 
     Args:
         model: a PyTorch model, from transformers or not, with its weights in float32, bfloat16 or float16.
         config: how; None = `QuantConfig()`.
-        calibration: None; no method of this version uses data.
+        calibration: data on which the float model is run once, in eval mode: an iterable of mappings
+            (`model(**batch)`), tuples or lists (`model(*batch)`), tensors (`model(batch)`) or texts. Static
+            activation scales need it; with dynamic ones it only fills the report.
+        tokenizer: for texts; None = the one beside the checkpoint that a transformers model came from.
         progress: show a bar on stderr if it takes longer than two seconds; None = only on a terminal.
 
     Returns:
         The model. On any error, and on Ctrl-C, it is left exactly as it was.
 
     Raises:
-        TypeError: model or config of another type, or a weight of another dtype.
+        TypeError: model, config, calibration or a batch of another type, or a weight of another dtype.
         ValueError: nothing to quantize, a model that is quantized already, a weight on the meta device, NaN
-            or Inf in a weight, a name in `skip` that the model does not have.
+            or Inf in a weight or in what reaches a layer, a name in `skip` that the model does not have, or
+            calibration data that is missing, empty, or not needed.
+
+    Warns:
+        UserWarning: layers that the calibration data never reached; their scales are dynamic, one per token.
     """
     config = QuantConfig() if config is None else config
-    _check_arguments(model, config, calibration)
+    _check_arguments(model, config, calibration, tokenizer)
     inventory = walk(model, config)
     _check_inventory(model, config, inventory)
+    samples = {} if calibration is None else _calibrate(model, inventory, calibration, tokenizer, progress)
     replacements: dict[nn.Module, nn.Module] = {}
     with ProgressBar("quantizing", inventory.quantizable_values, progress) as bar:
         for target in inventory.targets:
-            new = target.replacement(config.group_size)
+            new = target.replacement(config)
             parameters = target.parameters()
             for name, weight in target.weights(new).items():
                 stored = quantize_parameter(
@@ -184,10 +174,69 @@ def quantize(
                 )
                 weight.set_(stored.codes, stored.scale, stored.codebook)
                 weight.sqnr_db = stored.sqnr_db
+                if name in samples:
+                    _set_activations(weight, samples.pop(name))
                 weight.pack_()
             replacements[target.module] = new
+    if calibration is not None:
+        _warn_of_unreached(replacements, inventory)  # before the exchange: a warning may be an error
     _exchange(model, replacements, lambda: _mark(model, config), lambda: _unmark(model))
     return model
+
+
+def _calibrate(
+    model: nn.Module,
+    inventory: Inventory,
+    calibration: Iterable[Any],
+    tokenizer: Any,
+    progress: bool | None,
+) -> dict[str, InputSample]:
+    """Run the float model and sample the inputs of its targets, by the name of each weight."""
+    linears, experts, sorted_experts = {}, {}, set()
+    for target in inventory.targets:
+        names = tuple(target.parameters())
+        if len(names) == 1:
+            linears[names[0]] = target.module  # a layer, which has one weight
+        else:
+            first, down = names
+            experts[first, down] = target.module
+            if target.kind == "sorted_experts":
+                sorted_experts.add((first, down))
+    collector = InputCollector(linears, experts, frozenset(sorted_experts))
+    total = len(calibration) if isinstance(calibration, Sized) else 0
+    done = 0
+    with ProgressBar("calibrating", total, progress) as bar, collector.collecting():
+        for done in run_batches(model, calibration, tokenizer):  # noqa: B007 (used below)
+            collector.end_batch()
+            bar.advance(1)
+    if not done:
+        raise ValueError("calibration: expected at least one batch or text with a token, got none")
+    return collector.samples()
+
+
+def _set_activations(weight: OVPWeight, sample: InputSample) -> None:
+    """Give a weight the static scale of its input, if it wants one, and the figures of the sample."""
+    format, codebook, scale = weight.activations, weight.activation_codebook, None
+    assert format is not None
+    if format.is_static:
+        scale, codebook = static_scale(sample, format, weight.codes.device)
+        weight.set_activations_(scale, codebook)
+    weight.activation_figures = activation_figures(sample, format, codebook, scale)
+
+
+def _warn_of_unreached(replacements: dict[nn.Module, nn.Module], inventory: Inventory) -> None:
+    unreached = [
+        name
+        for target in inventory.targets
+        for name, weight in target.weights(replacements[target.module]).items()  # type: ignore[arg-type]
+        if weight.activation_format != weight.activations
+    ]
+    if unreached:
+        warnings.warn(
+            f"calibration: no data reached {', '.join(unreached)}: no static scale is known there, so scales "
+            f"are dynamic, one per token; use data that reaches every layer, or leave those out with skip",
+            stacklevel=3,
+        )
 
 
 def dequantize(model: nn.Module) -> nn.Module:
@@ -227,15 +276,26 @@ def _check_model(model: object) -> None:
         raise TypeError(f"model: expected a torch.nn.Module, got {type(model).__name__}")
 
 
-def _check_arguments(model: object, config: object, calibration: object) -> None:
+def _check_arguments(model: object, config: object, calibration: object, tokenizer: object) -> None:
     _check_model(model)
     if not isinstance(config, QuantConfig):
         raise TypeError(f"config: expected an olive.QuantConfig, got {type(config).__name__}")
-    if calibration is not None:
+    format = config.activation_format
+    if calibration is None:
+        if format is not None and format.is_static:
+            raise ValueError(
+                "calibration: expected data for static activation scales, got None; pass calibration=[...], "
+                "or use QuantConfig(activation_group_size=-1) for dynamic scales, which need none"
+            )
+        if tokenizer is not None:
+            raise ValueError("tokenizer: expected None without calibration, got one")
+        return
+    if format is None:
         raise ValueError(
-            f"calibration: expected None, because method {config.method!r} needs no data, "
-            f"got {type(calibration).__name__}"
+            f"calibration: expected None, because method {config.method!r} needs no data for weights and "
+            f"activations is None, got {type(calibration).__name__}"
         )
+    check_batches(calibration)
 
 
 def _check_inventory(model: nn.Module, config: QuantConfig, inventory: Inventory) -> None:

@@ -16,7 +16,15 @@ from typing import Literal
 from torch import Tensor, nn
 
 from olive.config import QuantConfig
-from olive.nn import EXPERT_WEIGHTS, OVPExperts, OVPLinear, OVPSortedExperts, OVPWeight
+from olive.nn import (
+    ACTIVATION_TENSORS,
+    EXPERT_WEIGHTS,
+    WEIGHT_TENSORS,
+    OVPExperts,
+    OVPLinear,
+    OVPSortedExperts,
+    OVPWeight,
+)
 from olive.nn.ovp_linear import OVPConv1D
 
 Kind = Literal["linear", "conv1d", "experts", "sorted_experts"]
@@ -41,14 +49,14 @@ class Target:
     module: nn.Module
     kind: Kind
 
-    def replacement(self, group_size: int) -> OVPLinear | OVPExperts:
+    def replacement(self, config: QuantConfig) -> OVPLinear | OVPExperts:
         """An empty quantized module for this one, which is not changed."""
-        if self.kind == "linear":
-            return OVPLinear.from_linear(self.module, group_size)
-        if self.kind == "conv1d":
-            return OVPConv1D.from_linear(self.module, group_size)
+        group_size, bits, activations = config.group_size, config.bits, config.activation_format
+        if self.kind in ("linear", "conv1d"):
+            linear = OVPLinear if self.kind == "linear" else OVPConv1D
+            return linear.from_linear(self.module, group_size, bits=bits, activations=activations)
         experts = OVPSortedExperts if self.kind == "sorted_experts" else OVPExperts
-        return experts.from_experts(self.module, group_size)
+        return experts.from_experts(self.module, group_size, bits=bits, activations=activations)
 
     def parameters(self) -> dict[str, Tensor]:
         """The float parameters to quantize by full name, [N, K] or [E, N, K] (in Conv1D transposed)."""
@@ -344,7 +352,7 @@ def walk(model: nn.Module, config: QuantConfig | None = None) -> Inventory:
         if isinstance(module, (OVPLinear, OVPExperts)):
             quantized.append(Target(name, module, _kind_of_quantized(module)))
             values = sum(weight.quantized_values for weight in module.weights().values())
-            stored = {join(name, key) for key in ("codes", "scale", "codebook")}
+            stored = {join(name, key) for key in (*WEIGHT_TENSORS, *ACTIVATION_TENSORS)}
             quantizable += values
             total += values + sum(sharing.count(full, p) for full, p in own.items() if full not in stored)
             continue

@@ -166,4 +166,5 @@ def ovp8_validate(
 
 def outlier_pairs8(codes: Tensor) -> Tensor:
     """Which pairs hold an outlier and its victim: bool [..., P] for codes uint8 [..., 2 P]."""
-    return (codes.unflatten(-1, (-1, 2)) == IDENTIFIER8).any(-1)
+    found: Tensor = (codes.unflatten(-1, (-1, 2)) == IDENTIFIER8).any(-1)
+    return found

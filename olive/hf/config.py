@@ -4,13 +4,20 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
+from dataclasses import fields
 from typing import Any
 
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from olive.config import FORMAT_VERSION, QuantConfig, check_format_version
+from olive.nn import ActivationFigures
 
 WHERE = "quantization_config"
+
+
+def _rounded(value: float | None, digits: int = 6) -> float | None:
+    """For JSON, which has no infinity."""
+    return round(value, digits) if value is not None and math.isfinite(value) else None
 
 
 class OliveConfig(QuantizationConfigMixin):
@@ -22,6 +29,8 @@ class OliveConfig(QuantizationConfigMixin):
         olive_version: library that wrote the checkpoint; for people to read.
         sqnr_db: full name of each weight that the checkpoint holds as codes -> its signal-to-quantization-
             noise ratio in dB, None if not known.
+        activation_figures: the same names -> how well a calibration sample of the layer's input survives;
+            those without one are missing.
         save_id: written by one `save_pretrained` here and in each of its files; tells a mixture of two saves.
 
     Raises:
@@ -37,12 +46,16 @@ class OliveConfig(QuantizationConfigMixin):
         format_version: int = FORMAT_VERSION,
         olive_version: str | None = None,
         sqnr_db: Mapping[str, float | None] | None = None,
+        activation_figures: Mapping[str, Mapping[str, Any]] | None = None,
         save_id: str | None = None,
     ) -> None:
         check_format_version(format_version, f"{WHERE}.format_version")
         self.quant, self.format_version = quant, format_version
         self.olive_version, self.save_id = olive_version, save_id
         self.sqnr_db = dict(sqnr_db or {})
+        self.activation_figures = {
+            name: ActivationFigures(**figures) for name, figures in (activation_figures or {}).items()
+        }
 
     @classmethod
     def of(cls, config: QuantConfig | OliveConfig) -> OliveConfig:
@@ -51,9 +64,9 @@ class OliveConfig(QuantizationConfigMixin):
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values, for JSON; a ratio that is not finite is written as null."""
-        ratios = {
-            name: round(ratio, 3) if ratio is not None and math.isfinite(ratio) else None
-            for name, ratio in self.sqnr_db.items()
+        figures = {
+            name: {key: _rounded(value) for key, value in one.to_dict().items()}
+            for name, one in self.activation_figures.items()
         }
         return {
             "quant_method": self.quant_method,
@@ -61,7 +74,8 @@ class OliveConfig(QuantizationConfigMixin):
             "olive_version": self.olive_version,
             **self.quant.to_dict(),
             "save_id": self.save_id,
-            "sqnr_db": ratios,
+            "sqnr_db": {name: _rounded(ratio, 3) for name, ratio in self.sqnr_db.items()},
+            "activation_figures": figures,
         }
 
     @classmethod
@@ -84,6 +98,16 @@ class OliveConfig(QuantizationConfigMixin):
             raise TypeError(
                 f"{WHERE}.sqnr_db: expected an object with the names of the quantized weights, got {ratios!r}"
             )
+        figures = values.pop("activation_figures", None)  # not in the first checkpoints
+        known = {field.name for field in fields(ActivationFigures)}
+        if figures is not None and not (
+            isinstance(figures, Mapping)
+            and all(isinstance(one, Mapping) and set(one) == known for one in figures.values())
+        ):
+            raise TypeError(
+                f"{WHERE}.activation_figures: expected an object of objects with {', '.join(sorted(known))}, "
+                f"got {figures!r}"
+            )
         own = {key: values.pop(key, None) for key in ("olive_version", "save_id")}
-        config = cls(QuantConfig.from_dict(values), sqnr_db=ratios, **own)
+        config = cls(QuantConfig.from_dict(values), sqnr_db=ratios, activation_figures=figures, **own)
         return (config, kwargs) if return_unused_kwargs else config

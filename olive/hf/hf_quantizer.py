@@ -55,7 +55,7 @@ class OliveHfQuantizer(HfQuantizer):
     def param_element_size(self, model: Any, param_name: str, param: Tensor) -> float:
         """Bytes per element, for the placement on devices: what is left after quantization."""
         if not self.pre_quantized and self.param_needs_quantization(model, param_name):
-            return 4.125 / 8
+            return (self.quantization_config.quant.bits + 0.125) / 8
         return param.element_size()
 
     def get_new_dtype(self, converter: Any, param: Any, dtype: torch.dtype | None) -> torch.dtype | None:
@@ -118,13 +118,18 @@ class OliveHfQuantizer(HfQuantizer):
         import olive
 
         ratios: dict[str, float | None] = {}
+        figures: dict[str, dict[str, Any]] = {}
         for target in walk(model, self.quantization_config.quant).quantized:
-            ratios.update({name: weight.sqnr_db for name, weight in target.weights().items()})
+            for name, weight in target.weights().items():
+                ratios[name] = weight.sqnr_db
+                if weight.activation_figures is not None:
+                    figures[name] = weight.activation_figures.to_dict()
         self.quantization_config = OliveConfig(
             self.quantization_config.quant,
             format_version=FORMAT_VERSION,
             olive_version=olive.__version__,
             sqnr_db=ratios,
+            activation_figures=figures,
             save_id=save_id,
         )
         model.config.quantization_config = self.quantization_config

@@ -15,11 +15,11 @@ from olive.hf.aligned import align_
 from olive.hf.config import WHERE, OliveConfig
 from olive.hf.pages import CleanPages
 from olive.hf.stored import Header, check_contents, check_float_header, check_headers, read_headers
-from olive.nn import OVPExperts, OVPLinear, OVPWeight
+from olive.nn import ACTIVATION_TENSORS, WEIGHT_TENSORS, OVPExperts, OVPLinear, OVPWeight
 from olive.quantization import StoredWeight, quantize_parameter
 from olive.walk import Target, check_skip, exchange, walk
 
-_STORED = ("codes", "scale", "codebook")
+_STORED = (*WEIGHT_TENSORS, *ACTIVATION_TENSORS)
 
 
 def check_device_map(device_map: Any) -> None:
@@ -80,7 +80,7 @@ class StoredCheckpoint:
         replacements: dict[nn.Module, nn.Module] = {}
         headers = read_headers(files, config.save_id) if self._has_files else None
         for target in {id(by_weight[name]): by_weight[name] for name in self._names}.values():
-            new = target.replacement(config.quant.group_size)
+            new = target.replacement(config.quant)
             replacements[target.module] = new
             self._add(target, new, config)
             if headers is not None:
@@ -97,6 +97,7 @@ class StoredCheckpoint:
                     f"{WHERE}.sqnr_db: expected {parameter} besides the other weights of {target.name}"
                 )
             weight.sqnr_db = config.sqnr_db[stored]
+            weight.activation_figures = config.activation_figures.get(stored)
         self._owners[target.name] = new
         for module in new.modules():
             # transformers must not initialise these again; what is missing is an error of ours.
@@ -127,9 +128,15 @@ class StoredCheckpoint:
                 if not getattr(tensor, "_is_hf_initialized", False):  # set by transformers on what it loaded
                     raise ValueError(f"{prefix}.{name}: expected in the state dict, got no such tensor")
         for name, weight in self._modules.items():
-            if weight.codes.is_meta:
-                continue  # left on disk by the device map
+            if weight.codes.is_meta:  # left on disk by the device map
+                if weight.activations is not None:
+                    raise ValueError(
+                        f"device_map: expected no disk with quantized activations, got {name} on disk: its "
+                        f"tensors say how its input is quantized; use CPUs and GPUs"
+                    )
+                continue
             check_contents(name, weight)
+            weight.refresh_activations_()
             weight.pack_()
             self._pages.read(weight.codes.nbytes)
         align_(model)
@@ -165,10 +172,17 @@ class QuantizeOnLoad:
         files: of the checkpoint.
 
     Raises:
-        ValueError: nothing in the model can be quantized, or a name in `skip` that it does not have.
+        ValueError: nothing in the model can be quantized, a name in `skip` that it does not have, or static
+            activations, which need calibration on the loaded model.
     """
 
     def __init__(self, model: Any, config: QuantConfig, files: list[str]) -> None:
+        if config.activation_format is not None and config.activation_format.is_static:
+            raise ValueError(
+                "quantization_config: expected dynamic activation scales in from_pretrained, got static ones "
+                "(activation_group_size=0), which need data; load the model without it first, then call "
+                "olive.quantize(model, config, calibration=...), or use activation_group_size=-1"
+            )
         check_skip(model, config.skip)
         self._config = config
         self._targets = walk(model, config).targets
@@ -179,7 +193,7 @@ class QuantizeOnLoad:
             )
         self._transposed: dict[str, bool] = {}
         for target in self._targets:
-            empty = target.weights(target.replacement(config.group_size))
+            empty = target.weights(target.replacement(config))
             self._transposed.update({name: weight.transposed for name, weight in empty.items()})
         self._stored: dict[str, StoredWeight] = {}
         self._error: Exception | None = None
@@ -219,7 +233,7 @@ class QuantizeOnLoad:
                 continue
             if missing:
                 raise ValueError(f"{missing[0]}: expected in the checkpoint, got no such tensor")
-            new = target.replacement(self._config.group_size)
+            new = target.replacement(self._config)
             for name, weight in target.weights(new).items():
                 stored = self._stored.pop(name)
                 weight.set_(stored.codes, stored.scale, stored.codebook)

@@ -12,7 +12,7 @@ from olive.nn import OVPLinear, OVPWeight
 
 
 class OVPLoraLinear(LoraLinear):
-    """A LoRA layer whose base is 4-bit. It trains and runs like any other; merging needs a float base."""
+    """A LoRA layer whose base is quantized. It trains and runs like any other; merging needs a float base."""
 
     def _get_in_out_features(self, module: nn.Module) -> tuple[int, int]:
         return module.in_features, module.out_features  # type: ignore[return-value]
@@ -25,7 +25,7 @@ class OVPLoraLinear(LoraLinear):
         """
         if isinstance(self.get_base_layer(), OVPWeight):
             raise NotImplementedError(
-                "merge: expected float layers below the adapter, got 4-bit ones; call "
+                "merge: expected float layers below the adapter, got quantized ones; call "
                 "olive.dequantize(model) first, and olive.quantize(model) after merging"
             )
         super().merge(*args, **kwargs)

@@ -37,6 +37,20 @@ def outermost(models: dict[str, Any]) -> dict[str, Any]:
     }
 
 
+def load_tokenizer(model: Any) -> Any:
+    """The tokenizer beside the checkpoint that `model` was loaded from.
+
+    Raises:
+        ValueError: the model was not loaded from a path or hub id.
+        OSError: there is no tokenizer.
+    """
+    from transformers import AutoTokenizer
+
+    if not model.name_or_path:
+        raise ValueError("the model was not loaded from a path or hub id")
+    return AutoTokenizer.from_pretrained(model.name_or_path)
+
+
 def _own_config(model: Any) -> None:
     """Give `model` a config of its own: two models built from one object must not both look quantized."""
     copies: dict[int, Any] = {}

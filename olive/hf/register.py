@@ -20,7 +20,13 @@ def _register(auto: ModuleType) -> None:
     from olive.frameworks import Framework, register_framework
     from olive.hf.config import OliveConfig
     from olive.hf.hf_quantizer import OliveHfQuantizer
-    from olive.hf.quantizer import mark_quantized, outermost, transformers_models, unmark_quantized
+    from olive.hf.quantizer import (
+        load_tokenizer,
+        mark_quantized,
+        outermost,
+        transformers_models,
+        unmark_quantized,
+    )
 
     register_framework(
         Framework(
@@ -28,6 +34,7 @@ def _register(auto: ModuleType) -> None:
             models=lambda model: list(outermost(transformers_models(model)).values()),
             mark=mark_quantized,
             unmark=unmark_quantized,
+            tokenizer=load_tokenizer,
         )
     )
     if QUANT_METHOD not in auto.AUTO_QUANTIZATION_CONFIG_MAPPING:

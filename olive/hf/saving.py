@@ -57,11 +57,11 @@ def _on_demand(model: nn.Module) -> Iterator[None]:
     """Let `model.state_dict()` hold stand-ins instead of unpacked copies."""
     packed = [module for module in model.modules() if isinstance(module, OVPWeight) and module.is_packed]
 
-    def stand_ins(weight: OVPWeight) -> tuple[Tensor, Tensor, Tensor]:
+    def stand_ins(weight: OVPWeight) -> tuple[Tensor, Tensor, Tensor | None]:
         canonical = type(weight).canonical
         codes = StoredOnDemand.of(weight.codes, lambda: canonical(weight)[0])
         scale = StoredOnDemand.of(weight.scale, lambda: canonical(weight)[1])
-        return codes, scale, weight.codebook.detach()
+        return codes, scale, None if weight.codebook is None else weight.codebook.detach()
 
     try:
         for weight in packed:

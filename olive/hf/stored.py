@@ -8,12 +8,19 @@ from typing import NamedTuple
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from olive.formats import PER_TENSOR, codes_shape, ovp4_validate, scale_shape
+from olive.formats import PER_TENSOR, codes_shape, scale_shape
 from olive.nn import OVPWeight
+from olive.nn.ovp_weight import check_activation_tensors
 
 _VALUES_AT_A_TIME = 1 << 22
 SAVE_ID = "olive_save_id"  # key in the metadata of every file
-_DTYPES = {"codes": "U8", "scale": "I16", "codebook": "I8"}  # as safetensors calls them
+_DTYPES = {  # as safetensors calls them
+    "codes": "U8",
+    "scale": "I16",
+    "codebook": "I8",
+    "activation_scale": "I16",
+    "activation_codebook": "I8",
+}
 _NAMES = {"U8": "uint8", "I16": "int16", "I8": "int8", "F32": "float32", "F16": "float16", "BF16": "bfloat16"}
 _FLOATS = ("F32", "F16", "BF16")
 _AGAIN = "save the model again, or fetch the file again if it was copied"
@@ -59,7 +66,7 @@ def read_headers(files: Sequence[str], save_id: str | None) -> dict[str, Header]
 
 
 def check_headers(name: str, weight: OVPWeight, headers: dict[str, Header]) -> None:
-    """Check that the files hold codes, scale and codebook of one weight, in the right types and shapes.
+    """Check that the files hold every stored tensor of one weight, in the right types and shapes.
 
     Args:
         name: of the module in the checkpoint.
@@ -71,8 +78,11 @@ def check_headers(name: str, weight: OVPWeight, headers: dict[str, Header]) -> N
         TypeError: a tensor of another type.
     """
     codes, scale = stored_shapes(weight)
-    for field, shape in (("codes", codes), ("scale", scale), ("codebook", (32,))):
-        _check_header(f"{name}.{field}", (_DTYPES[field],), shape, headers)
+    shapes = {"codes": codes, "scale": scale, "codebook": (32,)}
+    shapes |= {"activation_scale": (1,), "activation_codebook": (32,)}
+    for field, shape in shapes.items():
+        if weight._parameters.get(field) is not None:
+            _check_header(f"{name}.{field}", (_DTYPES[field],), shape, headers)
 
 
 def check_float_header(name: str, parameter: Tensor, headers: dict[str, Header]) -> None:
@@ -98,13 +108,13 @@ def _check_header(
 def stored_shapes(weight: OVPWeight) -> tuple[tuple[int, ...], tuple[int, ...]]:
     """Shapes of codes and scale in the stored layout, with the leading dimension of a stack."""
     stack = () if weight.experts is None else (weight.experts,)
-    codes = codes_shape(weight.out_features, weight.in_features)
+    codes = codes_shape(weight.out_features, weight.in_features, weight.bits)
     scale = scale_shape(weight.out_features, weight.in_features, weight.group_size)
     return (*stack, *codes), (*stack, *scale)
 
 
 def check_contents(name: str, weight: OVPWeight) -> None:
-    """Check the loaded codes, scales and codebook of one weight, all of it.
+    """Check the loaded tensors of one weight, all of it.
 
     Args:
         name: of the module, for errors.
@@ -114,7 +124,8 @@ def check_contents(name: str, weight: OVPWeight) -> None:
         ValueError: a wrong shape, invalid pair, scale or codebook.
         TypeError: a tensor of another type.
     """
-    codes, scale, codebook = weight.codes.detach(), weight.scale.detach(), weight.codebook.detach()
+    codes, scale = weight.codes.detach(), weight.scale.detach()
+    codebook = None if weight.codebook is None else weight.codebook.detach()
     for field, tensor, shape in zip(("codes", "scale"), (codes, scale), stored_shapes(weight), strict=True):
         if tuple(tensor.shape) != shape:
             raise ValueError(f"{name}.{field}: expected shape {shape}, got {tuple(tensor.shape)}; {_AGAIN}")
@@ -126,24 +137,22 @@ def check_contents(name: str, weight: OVPWeight) -> None:
             _validate(one_codes, one_scale, codebook, weight, name)
         except (TypeError, ValueError) as error:
             raise type(error)(f"{error}{which}; {_AGAIN}") from None
+    if weight.activation_scale is not None:
+        try:
+            check_activation_tensors(weight.activation_scale, weight.activation_codebook, name)
+        except (TypeError, ValueError) as error:
+            raise type(error)(f"{error}; {_AGAIN}") from None
 
 
-def _validate(codes: Tensor, scale: Tensor, codebook: Tensor, weight: OVPWeight, name: str) -> None:
-    """`ovp4_validate` on some rows at a time: its masks are several times as large as the codes."""
+def _validate(codes: Tensor, scale: Tensor, codebook: Tensor | None, weight: OVPWeight, name: str) -> None:
+    """`OVPWeight.validate` on some rows at a time: its masks are several times as large as the codes."""
     columns, group_size = weight.in_features, weight.group_size
     step = max(1, _VALUES_AT_A_TIME // columns)
 
     def validate(start: int, rows: int) -> None:
         part_scale = scale if group_size == PER_TENSOR else scale[start : start + rows]
-        ovp4_validate(
-            codes[start : start + rows],
-            part_scale,
-            codebook,
-            out_features=min(rows, weight.out_features - start),
-            in_features=columns,
-            group_size=group_size,
-            name=name,
-        )
+        count = min(rows, weight.out_features - start)
+        weight.validate(codes[start : start + rows], part_scale, codebook, count, name)
 
     for start in range(0, weight.out_features, step):
         try:

@@ -2,12 +2,28 @@
 
 Importing this package imports triton. The functions take arguments that the caller has checked: tensors of
 one device, weights in the canonical layout (docs/format.md). They define no arithmetic of their own: they
-give what the reference gives, bit for bit except for the order of sums in `ovp_linear_triton`.
+give what the reference gives, bit for bit except for the order of sums in `ovp_linear_triton`,
+`ovp8_linear_triton` and, where the columns are split, `ovp_linear_quantized_triton`.
 """
 
+from olive.kernels.ovp8_decode import ovp8_decode_triton
+from olive.kernels.ovp8_linear import ovp8_linear_triton
+from olive.kernels.ovp8_quantize import ovp8_quantize_triton
 from olive.kernels.ovp_decode import ovp_decode_triton
 from olive.kernels.ovp_encode import ovp_encode_triton
 from olive.kernels.ovp_linear import ovp_linear_triton
+from olive.kernels.ovp_linear_quantized import ovp_linear_quantized_triton
 from olive.kernels.ovp_quantize import ovp_quantize_triton
+from olive.kernels.quantize_activations import quantize_activations_triton
 
-__all__ = ["ovp_decode_triton", "ovp_encode_triton", "ovp_linear_triton", "ovp_quantize_triton"]
+__all__ = [
+    "ovp8_decode_triton",
+    "ovp8_linear_triton",
+    "ovp8_quantize_triton",
+    "ovp_decode_triton",
+    "ovp_encode_triton",
+    "ovp_linear_quantized_triton",
+    "ovp_linear_triton",
+    "ovp_quantize_triton",
+    "quantize_activations_triton",
+]

@@ -77,6 +77,37 @@ def squared_error(
 
 
 @triton.jit
+def choose_pairs(
+    even_size,  # float32, magnitudes in units of the scale
+    odd_size,
+    normal_normal,  # float32, errors of the three kinds of pair
+    outlier_victim,
+    victim_outlier,
+    range_end,  # float32, largest magnitude that is no outlier in "paper" pairing
+    OPTIMAL: tl.constexpr,  # pairing: "optimal", else "paper"
+):
+    """Whether the even value, and whether the odd one, becomes an outlier, and the error of the pair."""
+    if OPTIMAL:
+        even_out = (outlier_victim < normal_normal) & (outlier_victim <= victim_outlier)
+        odd_out = (victim_outlier < normal_normal) & ~even_out
+    else:
+        even_past, odd_past = even_size > range_end, odd_size > range_end
+        even_out = even_past & (~odd_past | (even_size >= odd_size))
+        odd_out = odd_past & ~even_out
+    error = tl.where(even_out, outlier_victim, tl.where(odd_out, victim_outlier, normal_normal))
+    return even_out, odd_out, error
+
+
+@triton.jit
+def signed(
+    magnitude,  # float32, >= 0
+    value,  # float32, its sign is taken
+):
+    """The magnitude with the value's sign; zero has none."""
+    return tl.where(value < 0, 0.0 - magnitude, magnitude)
+
+
+@triton.jit
 def encode_pair_rule(
     even,  # float32, values in units of the scale
     odd,
@@ -86,7 +117,10 @@ def encode_pair_rule(
     outlier,
     OPTIMAL: tl.constexpr,  # pairing: "optimal", else "paper"
 ):
-    """Byte, int32, and error, float32 in squared units of the scale, of each pair under the pair rule."""
+    """What becomes of each pair under the pair rule: byte, error, and both levels.
+
+    The byte is an int32, the error a float32 in squared units of the scale, the levels signed float32.
+    """
     even_size, odd_size = tl.abs(even), tl.abs(odd)
     even_normal, even_level = nearest(even_size, normal, 0)
     odd_normal, odd_level = nearest(odd_size, normal, 0)
@@ -101,22 +135,19 @@ def encode_pair_rule(
     victim_outlier = squared_error(even_size, 0.0, even_importance) + squared_error(
         odd_size, odd_far, odd_importance
     )
-    if OPTIMAL:
-        even_out = (outlier_victim < normal_normal) & (outlier_victim <= victim_outlier)
-        odd_out = (victim_outlier < normal_normal) & ~even_out
-    else:
-        range_end = (normal[7] + outlier[1]) * 0.5
-        even_past, odd_past = even_size > range_end, odd_size > range_end
-        even_out = even_past & (~odd_past | (even_size >= odd_size))
-        odd_out = odd_past & ~even_out
-    error = tl.where(even_out, outlier_victim, tl.where(odd_out, victim_outlier, normal_normal))
+    range_end = (normal[7] + outlier[1]) * 0.5
+    even_out, odd_out, error = choose_pairs(
+        even_size, odd_size, normal_normal, outlier_victim, victim_outlier, range_end, OPTIMAL
+    )
 
     even_sign, odd_sign = tl.where(even < 0, 8, 0), tl.where(odd < 0, 8, 0)
     low = tl.where(even_normal == 0, 0, even_normal | even_sign)
     low = tl.where(even_out, even_outlier | even_sign, tl.where(odd_out, IDENTIFIER, low))
     high = tl.where(odd_normal == 0, 0, odd_normal | odd_sign)
     high = tl.where(odd_out, odd_outlier | odd_sign, tl.where(even_out, IDENTIFIER, high))
-    return low | (high << 4), error
+    even_level = tl.where(even_out, even_far, tl.where(odd_out, 0.0, even_level))
+    odd_level = tl.where(odd_out, odd_far, tl.where(even_out, 0.0, odd_level))
+    return low | (high << 4), error, signed(even_level, even), signed(odd_level, odd)
 
 
 @triton.jit
@@ -127,11 +158,21 @@ def encode_plain_rule(
     odd_importance,
     levels,  # tuple of 16 float32 scalars
 ):
-    """Byte and error of each pair under the plain rule, as `encode_pair_rule`."""
+    """What becomes of each pair under the plain rule, as `encode_pair_rule`."""
     low, even_level = nearest(even, levels, 0)
     high, odd_level = nearest(odd, levels, 0)
     error = squared_error(even, even_level, even_importance) + squared_error(odd, odd_level, odd_importance)
-    return low | (high << 4), error
+    return low | (high << 4), error, even_level, odd_level
+
+
+@triton.jit
+def nearest_int8(
+    value,  # float32
+):
+    """The nearest integer of -127..127, float32, ties to even; NaN stays."""
+    value = tl.clamp(value, -127.0, 127.0, propagate_nan=tl.PropagateNan.ALL)
+    # 1.5 x 2^23: floats are whole numbers there, so that adding it rounds, and taking it away is exact.
+    return (value + 12582912.0) - 12582912.0
 
 
 @triton.jit

@@ -23,7 +23,7 @@ def ovp_decode_kernel(
     codes_ptr,  # uint8 [N, P]
     scale_ptr,  # int16 [N or 1, G]
     codebook_ptr,  # int8 [32]
-    out_ptr,  # float [N, K]
+    out_ptr,  # float [N, K], or int8: levels, which have to fit it
     rows,  # N
     columns,  # K
     pairs,  # P = ceil(K / 2)
@@ -39,8 +39,9 @@ def ovp_decode_kernel(
     stored = load_scale(scale_ptr, row, 2 * pair, rows, columns, scale_stride, GROUP_SIZE)
     value, plain = unpack_scale(stored)
     low, high = codes & 15, codes >> 4
-    even = level(codebook_ptr, low, high, plain) * value
-    odd = level(codebook_ptr, high, low, plain) * value
+    even, odd = level(codebook_ptr, low, high, plain), level(codebook_ptr, high, low, plain)
+    if not out_ptr.dtype.element_ty.is_int8():
+        even, odd = even * value, odd * value
     weight = tl.reshape(tl.join(even, odd), [BLOCK_ROWS, 2 * BLOCK_PAIRS])
     column = tl.program_id(1) * 2 * BLOCK_PAIRS + tl.arange(0, 2 * BLOCK_PAIRS)[None, :]
     tl.store(
@@ -61,7 +62,7 @@ def ovp_decode_triton(
         codebook: int8 [32].
         in_features: K; the pad column of an odd K is dropped.
         group_size: -1 per channel, 0 per tensor, else columns per group.
-        dtype: float32, bfloat16 or float16.
+        dtype: float32, bfloat16 or float16; or int8 for the bare levels, which have to fit it.
 
     Returns:
         dtype [N, K].

@@ -61,9 +61,9 @@ def ovp_encode_kernel(
         even_importance, odd_importance = load_pair(importance_ptr, 0, 2 * pair, columns)
     codebook = load_codebook(codebook_ptr)
     normal, outlier, plain = codebook
-    codes, _ = encode_pair_rule(even, odd, even_importance, odd_importance, normal, outlier, OPTIMAL)
+    codes, _, _, _ = encode_pair_rule(even, odd, even_importance, odd_importance, normal, outlier, OPTIMAL)
     if has_plain(codebook):
-        plain_codes, _ = encode_plain_rule(even, odd, even_importance, odd_importance, plain)
+        plain_codes, _, _, _ = encode_plain_rule(even, odd, even_importance, odd_importance, plain)
         codes = tl.where(rule != 0, plain_codes, codes)
     tl.store(codes_ptr + row.to(tl.int64) * pairs + pair, codes.to(tl.uint8), mask=inside)
 

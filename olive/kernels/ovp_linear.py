@@ -1,9 +1,10 @@
-"""y = x W^T + bias with W in 4-bit outlier-victim pairs: 16-bit activations, float32 sums.
+"""y = x W^T + bias with W in outlier-victim pairs of 4 bits, or 8: 16-bit activations, float32 sums.
 
-Layout: x [M, K], codes uint8 [N, ceil(K / 2)], scales int16 [N or 1, G], y [M, N]. Levels are exact in the
-activations' type, and scales are applied to float32 sums over blocks of columns that lie within one group, so
-a decoded weight is never rounded. The pad column of an odd K, and columns past K in a block, decode to
-something; x is 0 there.
+Layout: x [M, K], codes uint8 [N, ceil(K / 2)], scales int16 [N or 1, G], y [M, N]; of eight bits
+(`olive.kernels.ovp8_linear`) codes are a 16-bit word per pair, and there is no codebook. Levels are exact in
+the activations' type, and scales are applied to float32 sums over blocks of columns that lie within one
+group, so a decoded weight is never rounded. The pad column of an odd K, and columns past K in a block, decode
+to something; x is 0 there.
 
 Three kernels: one row is a product with vectors (`ovp_linear_vector_kernel`), more rows use the matrix units
 (`ovp_linear_kernel`), and where its blocks are too few to fill a GPU, the columns are split over programs
@@ -20,6 +21,7 @@ import triton.language as tl
 from torch import Tensor
 
 from olive.kernels.launch import ceil_div, kernel_group_size, scale_stride
+from olive.kernels.levels8 import decode_pairs8, level_table8
 from olive.kernels.pairs import decode_pairs, load_scale, pair_table, unpack_scale
 
 # One row: 8 rows of the weight by 1024 columns are 32 bytes of codes per thread and step, and make 512
@@ -53,6 +55,14 @@ class Plan(NamedTuple):
         return ceil_div(ceil_div(in_features, self.block_k), self.splits)
 
 
+def split_columns(rows: int, tiles: int, blocks: int) -> int:
+    """Programs that share the blocks of columns of each of a product's tiles, none of them without one."""
+    if rows > SPLIT_ROWS:
+        return 1
+    splits = max(1, min(PROGRAMS // tiles, MAX_SPLITS, blocks // MIN_SPLIT_BLOCKS))
+    return ceil_div(blocks, ceil_div(blocks, splits))
+
+
 def plan_linear(rows: int, out_features: int, in_features: int, group_size: int, dtype: torch.dtype) -> Plan:
     """Blocks and splits for a product, from its shape alone."""
     few_rows = rows <= 16
@@ -72,20 +82,16 @@ def plan_linear(rows: int, out_features: int, in_features: int, group_size: int,
     if group_size > 0:
         block_k = min(block_k, group_size)
     tiles = ceil_div(rows, block_m) * ceil_div(out_features, block_n)
-    blocks = ceil_div(in_features, block_k)
-    splits = 1
-    if rows <= SPLIT_ROWS:
-        splits = max(1, min(PROGRAMS // tiles, MAX_SPLITS, blocks // MIN_SPLIT_BLOCKS))
-        splits = ceil_div(blocks, ceil_div(blocks, splits))  # none of them empty
+    splits = split_columns(rows, tiles, ceil_div(in_features, block_k))
     return Plan(block_m, block_n, block_k, splits, warps, stages)
 
 
 @triton.jit(do_not_specialize=["rows"])
 def ovp_linear_kernel(
     x_ptr,  # float [M, K]
-    codes_ptr,  # uint8 [N, P]
+    codes_ptr,  # uint8 [N, P]; int16 [N, P] of eight bits
     scale_ptr,  # int16 [N or 1, G]
-    codebook_ptr,  # int8 [32]
+    codebook_ptr,  # int8 [32], None = eight bits
     bias_ptr,  # float [N], None = no bias
     out_ptr,  # x's type [M, N], or float32 [splits, M, N] when the columns are split
     rows,  # M
@@ -109,7 +115,7 @@ def ovp_linear_kernel(
     codes_row = codes_ptr + n.to(tl.int64)[:, None] * pairs
 
     stored = load_scale(scale_ptr, n, start, out_features, in_features, scale_stride, GROUP_SIZE)
-    table = pair_table(codebook_ptr, DTYPE)
+    table = level_table8(DTYPE) if codebook_ptr is None else pair_table(codebook_ptr, DTYPE)
     acc = tl.full([BLOCK_N, BLOCK_M], 0.0, tl.float32)
     for k in range(start, stop, BLOCK_K):
         pair = k // 2 + tl.arange(0, BLOCK_K // 2)[None, :]
@@ -117,7 +123,10 @@ def ovp_linear_kernel(
         codes = tl.load(codes_row + pair, mask=(n < out_features)[:, None] & (pair < pairs), other=0)
         x = tl.load(x_row + column, mask=(m < rows)[None, :] & (column < in_features), other=0.0)
         value, plain = unpack_scale(stored)
-        weight = decode_pairs(table, codes, plain[:, None], DTYPE)
+        if codebook_ptr is None:
+            weight = decode_pairs8(table, codes)
+        else:
+            weight = decode_pairs(table, codes, plain[:, None], DTYPE)
         if GROUP_SIZE == 0:
             acc = tl.dot(weight, x, acc, input_precision="ieee")
         else:
@@ -162,9 +171,9 @@ def ovp_linear_sum_kernel(
 @triton.jit
 def ovp_linear_vector_kernel(
     x_ptr,  # float [K]
-    codes_ptr,  # uint8 [N, P]
+    codes_ptr,  # uint8 [N, P]; int16 [N, P] of eight bits
     scale_ptr,  # int16 [N or 1, G]
-    codebook_ptr,  # int8 [32]
+    codebook_ptr,  # int8 [32], None = eight bits
     bias_ptr,  # float [N], None = no bias
     out_ptr,  # x's type [N]
     out_features,  # N
@@ -180,7 +189,7 @@ def ovp_linear_vector_kernel(
     GROUPS: tl.constexpr = BLOCK_K // GROUP
     n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)[:, None]
     codes_row = codes_ptr + n.to(tl.int64) * pairs
-    table = pair_table(codebook_ptr, tl.float32)
+    table = level_table8(tl.float32) if codebook_ptr is None else pair_table(codebook_ptr, tl.float32)
     acc = tl.full([BLOCK_N, GROUPS], 0.0, tl.float32)
     for k in range(0, in_features, BLOCK_K):
         pair = k // 2 + tl.arange(0, BLOCK_K // 2)[None, :]
@@ -190,9 +199,12 @@ def ovp_linear_vector_kernel(
         first = k + GROUP * tl.arange(0, GROUPS)[None, :]
         stored = load_scale(scale_ptr, n, first, out_features, in_features, scale_stride, GROUP_SIZE)
         value, plain = unpack_scale(stored)
-        rule = tl.broadcast_to(plain[:, :, None], [BLOCK_N, GROUPS, GROUP // 2])
-        rule = tl.reshape(rule, [BLOCK_N, BLOCK_K // 2])
-        product = decode_pairs(table, codes, rule, tl.float32) * x[None, :]
+        if codebook_ptr is None:
+            weight = decode_pairs8(table, codes)
+        else:
+            rule = tl.broadcast_to(plain[:, :, None], [BLOCK_N, GROUPS, GROUP // 2])
+            weight = decode_pairs(table, codes, tl.reshape(rule, [BLOCK_N, BLOCK_K // 2]), tl.float32)
+        product = weight * x[None, :]
         acc += tl.sum(tl.reshape(product, [BLOCK_N, GROUPS, GROUP]), 2) * value
     total = tl.reshape(tl.sum(acc, 1), [BLOCK_N, 1])
     if bias_ptr is not None:
@@ -200,34 +212,20 @@ def ovp_linear_vector_kernel(
     tl.store(out_ptr + n, total.to(out_ptr.dtype.element_ty), mask=n < out_features)
 
 
-def ovp_linear_triton(
+def linear(
     input: Tensor,
-    codes: Tensor,
+    codes: Tensor,  # uint8, or int16 of eight bits
     scale: Tensor,
-    codebook: Tensor,
+    codebook: Tensor | None,  # None = eight bits
     bias: Tensor | None,
     out_features: int,
     group_size: int,
 ) -> Tensor:
-    """y = x W^T + bias with float32 sums, rounded once to x's type.
-
-    No synchronisation and no tuning at run time, so it can be captured in a CUDA graph.
-
-    Args:
-        input: float32, bfloat16 or float16 [..., K]; any strides.
-        codes: uint8 [N, ceil(K / 2)], the canonical layout.
-        scale: int16, `scale_shape(N, K, group_size)`.
-        codebook: int8 [32].
-        bias: float [N] or None.
-        out_features: N.
-        group_size: -1 per channel, 0 per tensor, else columns per group.
-
-    Returns:
-        input's dtype, [..., N].
-    """
+    """`ovp_linear_triton`, and `ovp8_linear_triton` without a codebook."""
     columns = int(input.shape[-1])
     x = input.reshape(-1, columns).contiguous()
-    codes, scale, codebook = codes.contiguous(), scale.contiguous(), codebook.contiguous()
+    codes, scale = codes.contiguous(), scale.contiguous()
+    codebook = None if codebook is None else codebook.contiguous()
     bias = None if bias is None else bias.contiguous()
     rows, pairs = int(x.shape[0]), int(codes.shape[1])
     out = x.new_empty((rows, out_features))
@@ -289,3 +287,31 @@ def ovp_linear_triton(
                     enable_fp_fusion=True,
                 )
     return out.view(*input.shape[:-1], out_features)
+
+
+def ovp_linear_triton(
+    input: Tensor,
+    codes: Tensor,
+    scale: Tensor,
+    codebook: Tensor,
+    bias: Tensor | None,
+    out_features: int,
+    group_size: int,
+) -> Tensor:
+    """y = x W^T + bias with float32 sums, rounded once to x's type.
+
+    No synchronisation and no tuning at run time, so it can be captured in a CUDA graph.
+
+    Args:
+        input: float32, bfloat16 or float16 [..., K]; any strides.
+        codes: uint8 [N, ceil(K / 2)], the canonical layout.
+        scale: int16, `scale_shape(N, K, group_size)`.
+        codebook: int8 [32].
+        bias: float [N] or None.
+        out_features: N.
+        group_size: -1 per channel, 0 per tensor, else columns per group.
+
+    Returns:
+        input's dtype, [..., N].
+    """
+    return linear(input, codes, scale, codebook, bias, out_features, group_size)

@@ -19,6 +19,8 @@ from olive.kernels.levels import has_plain, load_codebook
 from olive.kernels.ovp_encode import encode
 from olive.kernels.per_tensor import search_per_tensor
 from olive.kernels.search import (
+    PAIR_RULE,
+    PLAIN_RULE,
     STEP_COLUMNS,
     base_scales,
     candidate_scale,
@@ -71,7 +73,7 @@ def ovp_quantize_kernel(
     for i in range(pair_count):
         scale = candidate_scale(pair_base, tl.load(multiples_ptr + i))
         error = segment_error(
-            weight_ptr, importance_ptr, offset, start, stop, steps, scale, codebook, False, OPTIMAL
+            weight_ptr, importance_ptr, offset, start, stop, steps, scale, codebook, PAIR_RULE, OPTIMAL
         )
         error = scaled_error(error, scale)
         best_scale = tl.where(error < best, scale, best_scale)
@@ -80,7 +82,7 @@ def ovp_quantize_kernel(
         for i in range(plain_count):
             scale = candidate_scale(plain_base, tl.load(multiples_ptr + pair_count + i))
             error = segment_error(
-                weight_ptr, importance_ptr, offset, start, stop, steps, scale, codebook, True, OPTIMAL
+                weight_ptr, importance_ptr, offset, start, stop, steps, scale, codebook, PLAIN_RULE, OPTIMAL
             )
             error = scaled_error(error, scale)
             best_scale = tl.where(error < best, scale, best_scale)

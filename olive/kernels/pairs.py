@@ -65,26 +65,31 @@ def pair_table(
     codebook_ptr,  # int8 [32]
     DTYPE: tl.constexpr,  # type of the decoded levels
 ):
-    """Both levels of every byte as one 32-bit word, even column in the lower half: int32 [512].
+    """Both levels of every byte as one word, even column in the lower half: int32 [512], int16 for int8.
 
-    Entry 256 * rule bit + byte. Halves are float16 for float16, else bfloat16, which is the upper half of a
-    float32: levels, integers up to 255, are exact in both.
+    Entry 256 * rule bit + byte. Halves are int8 for int8, where the levels have to fit it, float16 for
+    float16, else bfloat16, which is the upper half of a float32: levels, integers up to 255, are exact in
+    both.
     """
     entry = tl.arange(0, 512)
     low, high, plain = entry & 15, (entry >> 4) & 15, entry >> 8
     even, odd = level(codebook_ptr, low, high, plain), level(codebook_ptr, high, low, plain)
-    if DTYPE.is_fp16():
+    if DTYPE.is_int8():  # a smaller table, so that more lanes look the same word of a bank up
+        words = ((even.to(tl.int32) & 0xFF) | (odd.to(tl.int32) << 8)).to(tl.int16)
+    elif DTYPE.is_fp16():
         even_bits = even.to(tl.float16).to(tl.int16, bitcast=True).to(tl.int32)
         odd_bits = odd.to(tl.float16).to(tl.int16, bitcast=True).to(tl.int32)
+        words = (even_bits & 0xFFFF) | (odd_bits << 16)
     else:
         even_bits = even.to(tl.int32, bitcast=True) >> 16
         odd_bits = odd.to(tl.int32, bitcast=True) >> 16
-    return (even_bits & 0xFFFF) | (odd_bits << 16)
+        words = (even_bits & 0xFFFF) | (odd_bits << 16)
+    return words
 
 
 @triton.jit
 def decode_pairs(
-    table,  # int32 [512] from `pair_table` for DTYPE
+    table,  # from `pair_table` for DTYPE
     codes,  # uint8 [R, P]
     plain,  # int32, 0 or 1, broadcastable to [R, P]
     DTYPE: tl.constexpr,
@@ -100,7 +105,9 @@ def decode_pairs(
     PAIRS: tl.constexpr = codes.shape[1]
     index = tl.reshape(codes.to(tl.int32) | (plain << 8), [ROWS * PAIRS])
     words = tl.reshape(tl.gather(table, index, 0), [ROWS, PAIRS])
-    if DTYPE.is_fp32():
+    if DTYPE.is_int8():
+        even, odd = words.to(tl.int8), (words >> 8).to(tl.int8)
+    elif DTYPE.is_fp32():
         even = (words << 16).to(tl.float32, bitcast=True)
         odd = (words & -65536).to(tl.float32, bitcast=True)
     else:

@@ -1,4 +1,4 @@
-"""The search for one scale of a whole weight: `ovp_quantize_triton` with group size 0.
+"""The search for one scale of a whole weight: group size 0 of `ovp_quantize_triton`, `ovp8_quantize_triton`.
 
 The error of a candidate is a sum over rows, first to last, in float64. Programs write one error per row and
 candidate, float64 [N, C]; `rows_sum_kernel` adds down the columns in order, a candidate per lane. (Torch's
@@ -16,13 +16,18 @@ from olive.formats.ovp4 import Pairing
 from olive.kernels.launch import ceil_div
 from olive.kernels.levels import has_plain, load_codebook
 from olive.kernels.search import (
+    EIGHT_BITS,
+    PAIR_RULE,
+    PLAIN_RULE,
     STEP_COLUMNS,
     base_scales,
     candidate_scale,
+    candidate_scale8,
     pack_scale,
     scaled_error,
     segment_error,
     segment_stats,
+    three_sigmas,
 )
 
 BLOCK_ROWS = 8  # of 16 lanes: one pair per thread of 4 warps
@@ -67,7 +72,7 @@ def rows_sum_kernel(
 
 @triton.jit(do_not_specialize=["count"])
 def candidate_scales_kernel(
-    codebook_ptr,  # int8 [32]
+    codebook_ptr,  # int8 [32], None = eight bits
     multiples_ptr,  # float32 [C], those of the pair rule first
     largest_ptr,  # float32 [1], of the whole weight
     energy_ptr,  # float64 [1]
@@ -78,18 +83,20 @@ def candidate_scales_kernel(
     BLOCK: tl.constexpr,
 ):
     index = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
-    codebook = load_codebook(codebook_ptr)
     largest, energy = tl.load(largest_ptr), tl.load(energy_ptr)
-    pair_base, plain_base = base_scales(largest, energy, count, codebook)
     multiple = tl.load(multiples_ptr + index, mask=index < candidates, other=1.0)
-    scale = candidate_scale(tl.where(index < pair_count, pair_base, plain_base), multiple)
+    if codebook_ptr is None:
+        scale = candidate_scale8(largest, three_sigmas(energy, count), multiple)
+    else:
+        pair_base, plain_base = base_scales(largest, energy, count, load_codebook(codebook_ptr))
+        scale = candidate_scale(tl.where(index < pair_count, pair_base, plain_base), multiple)
     tl.store(scales_ptr + index, scale, mask=index < candidates)
 
 
 @triton.jit
 def row_errors_kernel(
     weight_ptr,  # float [N, K]
-    codebook_ptr,  # int8 [32]
+    codebook_ptr,  # int8 [32], None = eight bits
     importance_ptr,  # float32 [K], None = all alike
     scales_ptr,  # float32 [C], those of the pair rule first
     errors_ptr,  # float64 [N, C], in squared units of the scale
@@ -105,23 +112,26 @@ def row_errors_kernel(
     candidate = tl.program_id(1)
     offset, start = row.to(tl.int64) * columns, 0 * row
     stop = tl.where(row < rows, columns, 0)
-    codebook = load_codebook(codebook_ptr)
     scale = tl.load(scales_ptr + candidate + start)
     error = tl.full([BLOCK], 0.0, tl.float64)
-    if candidate < pair_count:
-        error = segment_error(
-            weight_ptr, importance_ptr, offset, start, stop, steps, scale, codebook, False, OPTIMAL
-        )
+    if codebook_ptr is None:
+        error = segment_error(weight_ptr, None, offset, start, stop, steps, scale, None, EIGHT_BITS, OPTIMAL)
     else:
-        error = segment_error(
-            weight_ptr, importance_ptr, offset, start, stop, steps, scale, codebook, True, OPTIMAL
-        )
+        codebook = load_codebook(codebook_ptr)
+        if candidate < pair_count:
+            error = segment_error(
+                weight_ptr, importance_ptr, offset, start, stop, steps, scale, codebook, PAIR_RULE, OPTIMAL
+            )
+        else:
+            error = segment_error(
+                weight_ptr, importance_ptr, offset, start, stop, steps, scale, codebook, PLAIN_RULE, OPTIMAL
+            )
     tl.store(errors_ptr + row.to(tl.int64) * candidates + candidate, error, mask=row < rows)
 
 
 @triton.jit
 def best_scale_kernel(
-    codebook_ptr,  # int8 [32]
+    codebook_ptr,  # int8 [32], None = eight bits
     largest_ptr,  # float32 [1]
     scales_ptr,  # float32 [C], those of the pair rule first
     errors_ptr,  # float64 [C]
@@ -129,18 +139,19 @@ def best_scale_kernel(
     candidates,  # C
     pair_count,
 ):
-    codebook = load_codebook(codebook_ptr)
+    allowed = pair_count  # candidates that the codebook has levels for
+    if codebook_ptr is not None:
+        allowed = tl.where(has_plain(load_codebook(codebook_ptr)), candidates, pair_count)
     best = tl.full([], float("inf"), tl.float64)
     best_scale = tl.full([], 1.0, tl.float32)
     best_plain = tl.full([], 0, tl.int32)
-    for i in range(candidates):
-        plain = i >= pair_count
+    for i in range(allowed):
         scale = tl.load(scales_ptr + i)
         error = scaled_error(tl.load(errors_ptr + i), scale)
-        better = (error < best) & (~plain | has_plain(codebook))
+        better = error < best
         best = tl.where(better, error, best)
         best_scale = tl.where(better, scale, best_scale)
-        best_plain = tl.where(better, plain.to(tl.int32), best_plain)
+        best_plain = tl.where(better, tl.where(i >= pair_count, 1, 0), best_plain)
     tl.store(scale_ptr, pack_scale(best_scale, best_plain, tl.load(largest_ptr)))
 
 
@@ -163,7 +174,7 @@ def _rows_sum(values: Tensor) -> Tensor:
 
 def search_per_tensor(
     weight: Tensor,  # float [N, K], contiguous
-    codebook: Tensor,
+    codebook: Tensor | None,  # None = eight bits
     group_size: int,  # 0
     pairing: Pairing,
     multiples: Tensor,  # float32 [C], those of the pair rule first

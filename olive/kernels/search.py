@@ -16,11 +16,26 @@ import triton.language as tl
 
 from olive.formats.scales import TINY as FORMAT_TINY
 from olive.kernels.levels import encode_pair_rule, encode_plain_rule, load_pair, reciprocal
+from olive.kernels.levels8 import encode_pairs8
 
 LANES = tl.constexpr(16)
 STEP_COLUMNS = tl.constexpr(32)  # a pair per lane
 CHUNK_STEPS = tl.constexpr(32)  # 512 pairs are summed in float32 before the sum goes on in float64
 TINY = tl.constexpr(FORMAT_TINY)
+INFINITY_BITS = tl.constexpr(0x7F800000)
+
+# How a candidate encodes.
+PAIR_RULE = tl.constexpr(0)
+PLAIN_RULE = tl.constexpr(1)
+EIGHT_BITS = tl.constexpr(2)
+
+
+@triton.jit
+def magnitude_bits(
+    value,  # float32
+):
+    """Bits of |value|, int32: rising with it, from `INFINITY_BITS` on if it is not finite."""
+    return value.to(tl.int32, bitcast=True) & 0x7FFFFFFF
 
 
 @triton.jit
@@ -43,20 +58,23 @@ def segment_stats(
     stop,
     steps,  # that cover the longest segment
 ):
-    """Largest magnitude, float32, and ordered sum of squares, float64, of each segment."""
+    """Largest magnitude, float32, and ordered sum of squares, float64, of each segment.
+
+    The former is not finite if one of the values is not.
+    """
     SEGMENTS: tl.constexpr = offset.shape[0]
     lane = 2 * tl.arange(0, LANES)[None, :]
-    largest = tl.full([SEGMENTS, LANES], 0.0, tl.float32)
+    largest = tl.full([SEGMENTS, LANES], 0, tl.int32)  # bits, since the maximum of floats may drop NaN
     energy = tl.full([SEGMENTS], 0.0, tl.float64)
     for chunk in range(0, steps, CHUNK_STEPS):
         lanes = tl.full([SEGMENTS, LANES], 0.0, tl.float32)
         for step in range(chunk, tl.minimum(chunk + CHUNK_STEPS, steps)):
             column = start[:, None] + step * STEP_COLUMNS + lane
             even, odd = load_pair(weight_ptr, offset[:, None], column, stop[:, None])
-            largest = tl.maximum(largest, tl.maximum(tl.abs(even), tl.abs(odd)))
+            largest = tl.maximum(largest, tl.maximum(magnitude_bits(even), magnitude_bits(odd)))
             lanes += even * even + odd * odd
         energy += fold_lanes(lanes)
-    return tl.max(largest, 1), energy
+    return tl.max(largest, 1).to(tl.float32, bitcast=True), energy
 
 
 @triton.jit
@@ -68,13 +86,12 @@ def segment_error(
     stop,
     steps,
     scale,  # float32 [segments]
-    codebook,  # from `load_codebook`
-    PLAIN: tl.constexpr,  # encode under the plain rule
+    codebook,  # from `load_codebook`; None with eight bits
+    RULE: tl.constexpr,  # PAIR_RULE, PLAIN_RULE or EIGHT_BITS, the latter without importance
     OPTIMAL: tl.constexpr,
 ):
     """Ordered sum of the pair errors of each segment, float64, in squared units of the scale."""
     SEGMENTS: tl.constexpr = offset.shape[0]
-    normal, outlier, plain = codebook
     lane = 2 * tl.arange(0, LANES)[None, :]
     factor = reciprocal(scale)[:, None]
     total = tl.full([SEGMENTS], 0.0, tl.float64)
@@ -88,13 +105,26 @@ def segment_error(
                 even_weight, odd_weight = load_pair(importance_ptr, 0, column, stop[:, None])
             else:
                 even_weight, odd_weight = None, None
-            if PLAIN:
-                _, error = encode_plain_rule(even, odd, even_weight, odd_weight, plain)
+            if RULE == EIGHT_BITS:
+                _, _, error, _, _ = encode_pairs8(even, odd, OPTIMAL)
+            elif RULE == PLAIN_RULE:
+                _, error, _, _ = encode_plain_rule(even, odd, even_weight, odd_weight, codebook[2])
             else:
-                _, error = encode_pair_rule(even, odd, even_weight, odd_weight, normal, outlier, OPTIMAL)
+                _, error, _, _ = encode_pair_rule(
+                    even, odd, even_weight, odd_weight, codebook[0], codebook[1], OPTIMAL
+                )
             lanes += error
         total += fold_lanes(lanes)
     return total
+
+
+@triton.jit
+def three_sigmas(
+    energy,  # float64
+    count,  # int, values in the group
+):
+    """Three times the root mean square, float32."""
+    return (3.0 * tl.sqrt(energy / count.to(tl.float64))).to(tl.float32)
 
 
 @triton.jit
@@ -106,18 +136,32 @@ def base_scales(
 ):
     """What the grids multiply: min(max |w|, 3 sigma) / normal[7] and max |w| / plain[15], float32."""
     normal, _, plain = codebook
-    sigma = tl.sqrt(energy / count.to(tl.float64))
-    three_sigma = (3.0 * sigma).to(tl.float32)
-    pair_base = tl.math.div_rn(tl.minimum(largest, three_sigma), normal[7])
+    pair_base = tl.math.div_rn(tl.minimum(largest, three_sigmas(energy, count)), normal[7])
     plain_base = tl.math.div_rn(largest, tl.maximum(plain[15], 1.0))
     return pair_base, plain_base
 
 
 @triton.jit
-def candidate_scale(base, multiple):
-    """base x multiple, rounded to a storable scale: nearest even, 17 bits of the float32 dropped."""
-    bits = (base * multiple).to(tl.int32, bitcast=True)
+def round_scale(scale):
+    """The nearest storable scale, ties to even: 17 bits of the float32 dropped."""
+    bits = scale.to(tl.int32, bitcast=True)
     return ((bits + 0xFFFF + ((bits >> 17) & 1)) & -0x20000).to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def candidate_scale(base, multiple):
+    """base x multiple, storable."""
+    return round_scale(base * multiple)
+
+
+@triton.jit
+def candidate_scale8(
+    largest,  # float32
+    three_sigma,  # float32
+    multiple,
+):
+    """A candidate of eight bits: min(max |w|, multiple x 3 sigma) / 127, storable."""
+    return round_scale(tl.math.div_rn(tl.minimum(largest, multiple * three_sigma), 127.0))
 
 
 @triton.jit

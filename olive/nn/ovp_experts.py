@@ -1,4 +1,4 @@
-"""`OVPExperts`: the experts of a mixture-of-experts layer, held by transformers as 3-D parameters, in 4 bits.
+"""`OVPExperts`: the experts of a mixture-of-experts layer, held by transformers as 3-D parameters, quantized.
 
 Stands for the classes of transformers' experts interface (`transformers.integrations.moe`): parameters
 `gate_up_proj` (or `up_proj`) and `down_proj`, [E, N, K], or [E, K, N] where `is_transposed`.
@@ -13,6 +13,7 @@ from typing import Any, Self
 import torch
 from torch import Tensor, nn
 
+from olive.formats import ActivationFormat
 from olive.nn.origin import Origin, take_over
 from olive.nn.ovp_weight import OVPWeight
 
@@ -20,10 +21,11 @@ EXPERT_WEIGHTS = ("gate_up_proj", "up_proj", "down_proj")
 
 
 class OVPExperts(nn.Module):
-    """Routed experts with 4-bit weights; made by `from_experts`.
+    """Routed experts with quantized weights; made by `from_experts`.
 
     State-dict keys: `gate_up_proj.codes`, `.scale`, `.codebook` in place of `gate_up_proj`, and so on.
-    Biases, norms and the plain attributes of the replaced module keep their names.
+    A stack has one static activation scale for all its experts. Biases, norms and the plain attributes of the
+    replaced module keep their names.
     """
 
     origin: Origin
@@ -33,11 +35,18 @@ class OVPExperts(nn.Module):
     has_post_expert_norm: bool
 
     @classmethod
-    def from_experts(cls, experts: nn.Module, group_size: int) -> Self:
+    def from_experts(
+        cls,
+        experts: nn.Module,
+        group_size: int,
+        *,
+        bits: int = 4,
+        activations: ActivationFormat | None = None,
+    ) -> Self:
         """An empty quantized module in the place of `experts`; fill its weights with `OVPWeight.set_`.
 
         Parameters that are not quantized, buffers, submodules, hooks and the training flag are shared with
-        `experts`, which is not changed.
+        `experts`, which is not changed. Arguments as in `OVPWeight`.
         """
         names = tuple(key for key in EXPERT_WEIGHTS if key in experts._parameters)
         new = cls()
@@ -53,9 +62,18 @@ class OVPExperts(nn.Module):
             count, rows, columns = (int(size) for size in parameter.shape)
             if transposed:
                 rows, columns = columns, rows
-            stack = {"experts": count, "transposed": transposed}
-            options = {"device": parameter.device, "dtype": parameter.dtype}
-            new.add_module(key, OVPWeight(rows, columns, group_size, **stack, **options))  # type: ignore[arg-type]
+            weight = OVPWeight(
+                rows,
+                columns,
+                group_size,
+                bits=bits,
+                activations=activations,
+                experts=count,
+                transposed=transposed,
+                device=parameter.device,
+                dtype=parameter.dtype,
+            )
+            new.add_module(key, weight)
         for key, module in experts._modules.items():
             new.add_module(key, module)
         for key, buffer in experts._buffers.items():

@@ -7,21 +7,25 @@ from typing import Self
 import torch
 from torch import Tensor, nn
 
+from olive.formats import ActivationFormat
 from olive.nn.lazy_weight import LazyWeight
 from olive.nn.origin import Origin, empty, take_over
 from olive.nn.ovp_weight import OVPWeight
 
 
 class OVPLinear(OVPWeight):
-    """y = x W^T + bias with a 4-bit weight; the output has the input's dtype.
+    """y = x W^T + bias with a quantized weight; the output has the input's dtype.
 
-    State-dict keys: `codes`, `scale`, `codebook` in place of `weight`, and `bias`.
+    State-dict keys: `codes`, `scale`, and for 4 bits `codebook`, in place of `weight`, and `bias`; with
+    static activations also `activation_scale`, and for "ovp4" `activation_codebook`.
 
     Args:
         in_features: K.
         out_features: N.
         bias: whether there is a bias.
         group_size: -1 per channel, 0 per tensor, else columns per group.
+        bits: per code, 4 or 8.
+        activations: how the input is quantized; None = it is not.
         device: of the empty parameters.
         dtype: of the bias, and of `weight`.
     """
@@ -36,40 +40,65 @@ class OVPLinear(OVPWeight):
         bias: bool = True,
         *,
         group_size: int = 128,
+        bits: int = 4,
+        activations: ActivationFormat | None = None,
         transposed: bool = False,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__(
-            out_features, in_features, group_size, transposed=transposed, device=device, dtype=dtype
+            out_features,
+            in_features,
+            group_size,
+            bits=bits,
+            activations=activations,
+            transposed=transposed,
+            device=device,
+            dtype=dtype,
         )
         self.register_parameter("bias", empty((out_features,), self.dtype, device) if bias else None)
         if self.bias is not None:
             self.bias.requires_grad_(True)
 
     @classmethod
-    def from_linear(cls, linear: nn.Module, group_size: int) -> Self:
+    def from_linear(
+        cls,
+        linear: nn.Module,
+        group_size: int,
+        *,
+        bits: int = 4,
+        activations: ActivationFormat | None = None,
+    ) -> Self:
         """An empty quantized layer in the place of `linear`, on its device; fill it with `set_`.
 
         Bias, hooks and training flag are the layer's own; `linear` is not changed.
 
         Args:
             linear: nn.Linear, or a module with its `weight` [N, K] and `bias`.
-            group_size: as above.
+            group_size, bits, activations: as above.
         """
-        rows, columns = linear.weight.shape  # type: ignore[misc]
-        return cls._replace(linear, int(rows), int(columns), group_size)
-
-    @classmethod
-    def _replace(cls, old: nn.Module, rows: int, columns: int, group_size: int) -> Self:
-        weight = old.weight
+        weight = linear.weight
         assert isinstance(weight, Tensor)
-        options = {"device": weight.device, "dtype": weight.dtype}
-        new = cls(columns, rows, bias=False, group_size=group_size, **options)  # type: ignore[arg-type]
-        new.register_parameter("bias", old._parameters.get("bias"))
-        new.origin = Origin.of(old, ("weight",))
-        take_over(new, old)
+        rows, columns = cls._size(weight)
+        new = cls(
+            columns,
+            rows,
+            bias=False,
+            group_size=group_size,
+            bits=bits,
+            activations=activations,
+            device=weight.device,
+            dtype=weight.dtype,
+        )
+        new.register_parameter("bias", linear._parameters.get("bias"))
+        new.origin = Origin.of(linear, ("weight",))
+        take_over(new, linear)
         return new
+
+    @staticmethod
+    def _size(weight: Tensor) -> tuple[int, int]:
+        """(N, K) of the float parameter."""
+        return int(weight.shape[0]), int(weight.shape[1])
 
     def to_linear(self) -> nn.Module:
         """The float layer with the decoded weight, of the class that was replaced (nn.Linear if none was)."""
@@ -120,6 +149,8 @@ class OVPConv1D(OVPLinear):
         bias: bool = True,
         *,
         group_size: int = 128,
+        bits: int = 4,
+        activations: ActivationFormat | None = None,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
@@ -128,16 +159,16 @@ class OVPConv1D(OVPLinear):
             out_features,
             bias,
             group_size=group_size,
+            bits=bits,
+            activations=activations,
             transposed=True,
             device=device,
             dtype=dtype,
         )
 
-    @classmethod
-    def from_linear(cls, linear: nn.Module, group_size: int) -> Self:
-        """As in `OVPLinear`; `linear` has `weight` [K, N]."""
-        columns, rows = linear.weight.shape  # type: ignore[misc]
-        return cls._replace(linear, int(rows), int(columns), group_size)
+    @staticmethod
+    def _size(weight: Tensor) -> tuple[int, int]:
+        return int(weight.shape[1]), int(weight.shape[0])
 
     @property
     def nf(self) -> int:

@@ -1,20 +1,71 @@
-"""`OVPWeight`: one weight [N, K], or a stack [E, N, K], in 4-bit outlier-victim pairs, as a module.
+"""`OVPWeight`: one weight [N, K], or a stack [E, N, K], in outlier-victim pairs, as a module.
 
 A state dict always holds the canonical layout (`codes`, `scale`, `codebook` of `olive.formats`). Where a
 device's kernels have a packed layout the same parameters hold that instead: the weight is in memory once.
+
+The module also knows how its input is quantized. Which operator multiplies follows from values (a codebook's
+levels, a static scale): it is decided when tensors are set or loaded, so a call reads no tensor to find out.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from olive import ops
-from olive.formats import codes_shape, ovp4_validate, scale_shape
+from olive.formats import (
+    PAPER,
+    PER_CHANNEL,
+    ActivationFormat,
+    Codebook,
+    codes_shape,
+    get_codebook,
+    ovp4_validate,
+    ovp8_validate,
+    scale_shape,
+    unpack_scale,
+)
+from olive.formats.activations import MAX_INT32_TERMS, integer_block
+from olive.nn.activation_figures import ActivationFigures
 from olive.nn.origin import empty, frozen
+
+# Parameters that stand for a float weight and its input; the last two only with static scales.
+WEIGHT_TENSORS = ("codes", "scale", "codebook")
+ACTIVATION_TENSORS = ("activation_scale", "activation_codebook")
+
+
+def check_activation_tensors(scale: Tensor, codebook: Tensor | None, name: str) -> None:
+    """Check the stored tensors of a static activation format.
+
+    Args:
+        scale: int16 [1]: a positive finite stored scale without rule bit, or 0 for "dynamic, per token".
+        codebook: int8 [32] of "ovp4", else None.
+        name: prefix of the tensors' names in errors.
+
+    Raises:
+        TypeError: a tensor of another dtype.
+        ValueError: a wrong shape, a bad scale, or no codebook.
+    """
+    if scale.dtype != torch.int16:
+        raise TypeError(f"{name}.activation_scale: expected torch.int16, got {scale.dtype}")
+    if tuple(scale.shape) != (1,):
+        raise ValueError(f"{name}.activation_scale: expected shape (1,), got {tuple(scale.shape)}")
+    value, plain = (part.item() for part in unpack_scale(scale))
+    if int(scale) and not (0 < value < float("inf") and not plain):
+        raise ValueError(
+            f"{name}.activation_scale: expected a positive finite scale without rule bit, or 0, "
+            f"got pattern {int(scale) & 0xFFFF:04X}"
+        )
+    if codebook is not None:
+        Codebook.from_tensor(codebook, f"{name}.activation_codebook")
+
+
+def _is_int8(codebook: Tensor | None) -> bool:
+    return codebook is None or int(codebook.detach()[:16].view(torch.uint8).max()) <= 127
 
 
 class OVPWeight(nn.Module):
@@ -24,6 +75,8 @@ class OVPWeight(nn.Module):
         out_features: N.
         in_features: K.
         group_size: -1 per channel, 0 per tensor, else columns per group.
+        bits: per code, 4 or 8.
+        activations: how the input is quantized before it is multiplied; None = it is not.
         experts: None for one weight; E for a stack, which adds a leading dimension to codes and scale.
         transposed: whether the float parameter it stands for is laid out [..., K, N], as in transformers'
             `Conv1D`; codes are [N, K] in either case.
@@ -31,11 +84,21 @@ class OVPWeight(nn.Module):
         dtype: of the float parameter; `.to(dtype)` changes it, codes and scale stay as they are.
 
     Attributes:
-        codes: uint8 [N, ceil(K / 2)], or packed (`olive.ops.packed`); with [E] before it in a stack.
+        codes: uint8 [N, ceil(K / 2)], or packed (`olive.ops.packed`); [N, 2 ceil(K / 2)] for 8 bits; with
+            [E] before it in a stack.
         scale: int16 [N, G], or packed; likewise.
-        codebook: int8 [32].
+        codebook: int8 [32]; None for 8 bits.
+        activation_scale: int16 [1], of static activations, one for a whole stack; 0 = none is known, scales
+            are dynamic, one per token. Else None.
+        activation_codebook: int8 [32] of "ovp4": a parameter with static scales, where it can depend on data,
+            else a buffer that is not saved. Else None.
         sqnr_db: signal-to-quantization-noise ratio of the weight in dB; None if not known.
+        activation_figures: how a calibration sample survives; None if there was none.
     """
+
+    codebook: nn.Parameter | None
+    activation_scale: nn.Parameter | None
+    activation_codebook: Tensor | None
 
     def __init__(
         self,
@@ -43,6 +106,8 @@ class OVPWeight(nn.Module):
         in_features: int,
         group_size: int,
         *,
+        bits: int = 4,
+        activations: ActivationFormat | None = None,
         experts: int | None = None,
         transposed: bool = False,
         device: torch.device | str | None = None,
@@ -50,17 +115,65 @@ class OVPWeight(nn.Module):
     ) -> None:
         super().__init__()
         self.out_features, self.in_features, self.group_size = out_features, in_features, group_size
+        self.bits, self.activations = bits, activations
         self.experts, self.transposed = experts, transposed
         self.dtype = dtype or torch.get_default_dtype()
         self.sqnr_db: float | None = None
+        self.activation_figures: ActivationFigures | None = None
         codes, scale = self._canonical_shapes()
         self.codes = empty(codes, torch.uint8, device)
         self.scale = empty(scale, torch.int16, device)
-        self.codebook = empty((32,), torch.int8, device)
+        self.register_parameter("codebook", empty((32,), torch.int8, device) if bits == 4 else None)
+        self._empty_activations()
+        self.refresh_activations_()
+
+    def _empty_activations(self) -> None:
+        static = self.activations is not None and self.activations.is_static
+        scale = frozen(torch.zeros(1, dtype=torch.int16, device=self.codes.device)) if static else None
+        self.register_parameter("activation_scale", scale)
+        book = self._named_activation_codebook()
+        if static:
+            self.register_parameter("activation_codebook", None if book is None else frozen(book))
+        else:
+            self.register_buffer("activation_codebook", book, persistent=False)
+
+    def _named_activation_codebook(self) -> Tensor | None:
+        """Tables of the format's codebook; of int4 where data decides, until they do."""
+        if self.activations is None or self.activations.name != "ovp4":
+            return None
+        name = self.activations.codebook
+        with torch.device("cpu"):  # whatever the caller's default is, the meta device among others
+            table = get_codebook("int4" if name == PAPER else name).tensor()
+        return table.to(self.codes.device)
+
+    def refresh_activations_(self) -> None:
+        """Decide anew how the input is quantized; needed after parameters were assigned directly."""
+        self._format, self._integer = self.activations, False
+        if self._format is None or self.codes.is_meta:
+            return
+        if self._format.is_static:
+            assert self.activation_scale is not None
+            if int(self.activation_scale) == 0:
+                self._format = replace(self._format, group_size=PER_CHANNEL)
+        else:  # the buffer may have been on the meta device until now
+            self.activation_codebook = self._named_activation_codebook()
+        block = integer_block(self.in_features, self.group_size, self._format.group_size)
+        self._integer = (
+            self.bits == 4
+            and self._format.name != "ovp8"
+            and block <= MAX_INT32_TERMS
+            and _is_int8(self.codebook)
+            and _is_int8(self.activation_codebook)
+        )
+
+    @property
+    def activation_format(self) -> ActivationFormat | None:
+        """How the input is quantized: `activations`, or per token where no static scale is known."""
+        return self._format
 
     def _canonical_shapes(self) -> tuple[tuple[int, ...], tuple[int, ...]]:
         stack = () if self.experts is None else (self.experts,)
-        codes = codes_shape(self.out_features, self.in_features)
+        codes = codes_shape(self.out_features, self.in_features, self.bits)
         scale = scale_shape(self.out_features, self.in_features, self.group_size)
         return (*stack, *codes), (*stack, *scale)
 
@@ -74,25 +187,53 @@ class OVPWeight(nn.Module):
         """How many float values the codes stand for."""
         return (self.experts or 1) * self.out_features * self.in_features
 
-    def set_(self, codes: Tensor, scale: Tensor, codebook: Tensor) -> None:
+    def set_(self, codes: Tensor, scale: Tensor, codebook: Tensor | None = None) -> None:
         """Take tensors in the canonical layout as the weight; nothing is copied.
+
+        Args:
+            codes, scale: as above.
+            codebook: int8 [32]; None for 8 bits.
 
         Raises:
             TypeError: a tensor of another dtype.
             ValueError: a tensor of another shape.
         """
+        if (codebook is None) != (self.bits == 8):
+            wanted, found = ("none", "one") if self.bits == 8 else ("one", "none")
+            raise ValueError(f"codebook: expected {wanted} for {self.bits} bits, got {found}")
         shapes = self._canonical_shapes()
-        expected = (
-            ("codes", codes, torch.uint8, shapes[0]),
-            ("scale", scale, torch.int16, shapes[1]),
-            ("codebook", codebook, torch.int8, (32,)),
-        )
+        expected = [("codes", codes, torch.uint8, shapes[0]), ("scale", scale, torch.int16, shapes[1])]
+        if codebook is not None:
+            expected.append(("codebook", codebook, torch.int8, (32,)))
         for name, tensor, dtype, shape in expected:
             if tensor.dtype != dtype:
                 raise TypeError(f"{name}: expected {dtype}, got {tensor.dtype}")
             if tuple(tensor.shape) != shape:
                 raise ValueError(f"{name}: expected shape {shape}, got {tuple(tensor.shape)}")
-        self.codes, self.scale, self.codebook = frozen(codes), frozen(scale), frozen(codebook)
+        self.codes, self.scale = frozen(codes), frozen(scale)
+        self.codebook = None if codebook is None else frozen(codebook)
+        self.refresh_activations_()
+
+    def set_activations_(self, scale: Tensor, codebook: Tensor | None = None) -> None:
+        """Take what calibration found as the static scale of the input.
+
+        Args:
+            scale: int16 [1], stored form; 0 = none is known.
+            codebook: int8 [32] of "ovp4", else None.
+
+        Raises:
+            TypeError: a tensor of another dtype.
+            ValueError: the format is not static, a wrong shape, a bad scale, or no codebook.
+        """
+        if self.activations is None or not self.activations.is_static:
+            raise ValueError("scale: expected a module with static activations, got one without")
+        if (codebook is None) == (self.activations.name == "ovp4"):
+            wanted = "one" if codebook is None else "none"
+            raise ValueError(f"codebook: expected {wanted} for activations {self.activations.name!r}")
+        check_activation_tensors(scale, codebook, "weight")
+        self.activation_scale = frozen(scale)
+        self.activation_codebook = None if codebook is None else frozen(codebook)
+        self.refresh_activations_()
 
     def _relayout(self, convert: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
         codes, scale = self.codes.detach(), self.scale.detach()
@@ -111,16 +252,17 @@ class OVPWeight(nn.Module):
         )
         return unpacked
 
-    def canonical(self) -> tuple[Tensor, Tensor, Tensor]:
-        """The stored form, whatever the layout in memory: codes, scale, codebook."""
+    def canonical(self) -> tuple[Tensor, Tensor, Tensor | None]:
+        """The stored form, whatever the layout in memory: codes, scale, codebook (None for 8 bits)."""
+        codebook = None if self.codebook is None else self.codebook.detach()
         if not self.is_packed:
-            return self.codes.detach(), self.scale.detach(), self.codebook.detach()
+            return self.codes.detach(), self.scale.detach(), codebook
         codes, scale = self._relayout(self._unpack_one)
-        return codes, scale, self.codebook.detach()
+        return codes, scale, codebook
 
     def pack_(self) -> None:
         """Bring codes and scale into the layout of their device's backend; nothing where there is none."""
-        if not self.is_packed and ops.has_packed_layout(self.codes.device):
+        if self.bits == 4 and not self.is_packed and ops.has_packed_layout(self.codes.device):
             codes, scale = self._relayout(self._pack_one)
             self.codes, self.scale = frozen(codes), frozen(scale)
 
@@ -133,11 +275,19 @@ class OVPWeight(nn.Module):
     def dequantize(self, dtype: torch.dtype = torch.float32) -> Tensor:
         """Decode to `dtype`: [N, K], or [E, N, K]."""
         codes, scale, codebook = self.canonical()
-        size = (self.in_features, self.group_size, dtype)
-        if self.experts is None:
-            decoded: Tensor = ops.ovp_decode(codes, scale, codebook, *size)
+
+        def decode(codes: Tensor, scale: Tensor) -> Tensor:
+            size = (self.in_features, self.group_size, dtype)
+            decoded: Tensor = (
+                ops.ovp8_decode(codes, scale, *size)
+                if codebook is None
+                else ops.ovp_decode(codes, scale, codebook, *size)
+            )
             return decoded
-        return torch.stack([ops.ovp_decode(codes[e], scale[e], codebook, *size) for e in range(self.experts)])
+
+        if self.experts is None:
+            return decode(codes, scale)
+        return torch.stack([decode(codes[e], scale[e]) for e in range(self.experts)])
 
     def to_float(self) -> Tensor:
         """The decoded weight as the float parameter was: its layout and the model's dtype."""
@@ -145,21 +295,50 @@ class OVPWeight(nn.Module):
         return decoded.transpose(-1, -2).contiguous() if self.transposed else decoded
 
     def linear(self, input: Tensor, bias: Tensor | None = None, expert: int | None = None) -> Tensor:
-        """input [..., K] times the transposed weight (of one expert) plus bias: [..., N], input's dtype."""
+        """input [..., K] times the transposed weight (of one expert) plus bias: [..., N], input's dtype.
+
+        With activations the input is quantized first. Integer products where every level is an int8, else
+        products in floating point (`olive.ops.float_activations`).
+        """
         codes: Tensor = self.codes
         scale: Tensor = self.scale
         if expert is not None:
             codes, scale = codes[expert], scale[expert]
-        out: Tensor = ops.ovp_linear(
-            input, codes, scale, self.codebook, bias, self.out_features, self.group_size
+        size = (bias, self.out_features, self.group_size)
+        format = self._format
+        if format is None:
+            out: Tensor = (
+                ops.ovp8_linear(input, codes, scale, *size)
+                if self.codebook is None
+                else ops.ovp_linear(input, codes, scale, self.codebook, *size)
+            )
+            return out
+        multiply = ops.ovp_linear_quantized if self._integer else linear_float_activations
+        product: Tensor = multiply(
+            input,
+            codes,
+            scale,
+            self.codebook,
+            *size,
+            format.name,
+            format.group_size,
+            format.pairing,
+            self.activation_codebook,
+            self.activation_scale if format.is_static else None,
         )
-        return out
+        return product
 
     def extra_repr(self) -> str:
         stack = "" if self.experts is None else f"experts={self.experts}, "
+        bits = "" if self.bits == 4 else f", bits={self.bits}"
+        activations = ""
+        if self._format is not None:
+            activations = (
+                f", activations={self._format.name}, activation_group_size={self._format.group_size}"
+            )
         return (
             f"{stack}in_features={self.in_features}, out_features={self.out_features}, "
-            f"group_size={self.group_size}"
+            f"group_size={self.group_size}{bits}{activations}"
         )
 
     def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
@@ -169,30 +348,46 @@ class OVPWeight(nn.Module):
 
     def _invalid(self, state_dict: dict[str, Any], prefix: str) -> str | None:
         """What is wrong with the stored tensors of this module, or None. Tensors without values pass."""
-        stored = [state_dict.get(prefix + key) for key in ("codes", "scale", "codebook")]
-        if not all(isinstance(tensor, Tensor) and not tensor.is_meta for tensor in stored):
+        held = [
+            key for key in (*WEIGHT_TENSORS, *ACTIVATION_TENSORS) if self._parameters.get(key) is not None
+        ]
+        stored = {key: state_dict.get(prefix + key) for key in held}
+        if not all(isinstance(tensor, Tensor) and not tensor.is_meta for tensor in stored.values()):
             return None
-        codes, scale, codebook = (tensor.detach() for tensor in stored if tensor is not None)
+        found = {key: tensor.detach() for key, tensor in stored.items() if tensor is not None}
         name = prefix.removesuffix(".") or "weight"
         if self.experts is not None:
             shapes = self._canonical_shapes()
-            for key, tensor, shape in (("codes", codes, shapes[0]), ("scale", scale, shapes[1])):
-                if tuple(tensor.shape) != shape:
-                    return f"{name}.{key}: expected shape {shape}, got {tuple(tensor.shape)}"
+            for key, shape in zip(("codes", "scale"), shapes, strict=True):
+                if tuple(found[key].shape) != shape:
+                    return f"{name}.{key}: expected shape {shape}, got {tuple(found[key].shape)}"
         for e in range(self.experts or 1):
-            one = (codes, scale) if self.experts is None else (codes[e], scale[e])
             try:
-                ovp4_validate(
-                    *one,
-                    codebook,
-                    out_features=self.out_features,
-                    in_features=self.in_features,
-                    group_size=self.group_size,
-                    name=name,
-                )
+                one = [found[key] if self.experts is None else found[key][e] for key in ("codes", "scale")]
+                self.validate(one[0], one[1], found.get("codebook"), self.out_features, name)
             except (TypeError, ValueError) as error:
                 return str(error) if self.experts is None else f"{error} of expert {e}"
+        try:
+            if "activation_scale" in found:
+                check_activation_tensors(found["activation_scale"], found.get("activation_codebook"), name)
+        except (TypeError, ValueError) as error:
+            return str(error)
         return None
+
+    def validate(
+        self, codes: Tensor, scale: Tensor, codebook: Tensor | None, out_features: int, name: str
+    ) -> None:
+        """Check stored tensors of some rows of this weight, or of one expert's; see `ovp4_validate`.
+
+        Raises:
+            TypeError: a tensor of another dtype.
+            ValueError: a wrong shape, an invalid pair, a bad scale, or no codebook.
+        """
+        size = {"out_features": out_features, "in_features": self.in_features}
+        if codebook is None:
+            ovp8_validate(codes, scale, **size, group_size=self.group_size, name=name)
+        else:
+            ovp4_validate(codes, scale, codebook, **size, group_size=self.group_size, name=name)
 
     def _load_from_state_dict(
         self,
@@ -212,6 +407,7 @@ class OVPWeight(nn.Module):
         self.unpack_()
         lists = (missing_keys, unexpected_keys, error_msgs)
         super()._load_from_state_dict(state_dict, prefix, local_metadata, strict, *lists)
+        self.refresh_activations_()
         if packed or ops.has_packed_layout(self.codes.device):
             self.pack_()
 

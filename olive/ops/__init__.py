@@ -11,6 +11,7 @@ from olive.ops import (  # noqa: F401  (registers)
     schemas_quantized,
 )
 from olive.ops.cpu import cpu_backend  # registers
+from olive.ops.float_activations import linear_float_activations  # registers
 from olive.ops.gpu import gpu_backend, has_packed_layout  # registers
 
 ovp_quantize = torch.ops.olive.ovp_quantize
@@ -29,6 +30,7 @@ __all__ = [
     "cpu_backend",
     "gpu_backend",
     "has_packed_layout",
+    "linear_float_activations",
     "ovp8_decode",
     "ovp8_linear",
     "ovp8_quantize",

@@ -7,9 +7,18 @@ from dataclasses import replace
 from torch import Tensor, nn
 
 from olive._progress import ProgressBar
-from olive.formats import CODEBOOKS, LEARNED, PER_TENSOR, Codebook, outlier_pairs, unpack_scale
+from olive.config import OVP8
+from olive.formats import (
+    CODEBOOKS,
+    LEARNED,
+    PER_TENSOR,
+    Codebook,
+    outlier_pairs,
+    outlier_pairs8,
+    unpack_scale,
+)
 from olive.formats.layout import expand_scale
-from olive.nn import OVPWeight
+from olive.nn import WEIGHT_TENSORS, OVPWeight
 from olive.reports.records import LayerReport, Report
 from olive.walk import walk
 
@@ -67,21 +76,45 @@ def _layer(name: str, kind: str, weight: OVPWeight) -> LayerReport:
     stacked = weight.experts is not None
     pairs = plain = 0
     for one_codes, one_scale in zip(codes, scale, strict=True) if stacked else ((codes, scale),):
-        pairs += _count_outlier_pairs(one_codes, one_scale, weight.in_features, weight.group_size)
+        if codebook is None:
+            pairs += int(outlier_pairs8(one_codes).sum())
+        else:
+            pairs += _count_outlier_pairs(one_codes, one_scale, weight.in_features, weight.group_size)
         plain += int(unpack_scale(one_scale)[1].sum())
-    matrix = (weight.out_features, weight.in_features)
+    matrix, figures = (weight.out_features, weight.in_features), weight.activation_figures
     return LayerReport(
         name=name,
         kind=kind,
         shape=matrix if weight.experts is None else (weight.experts, *matrix),
-        codebook=_codebook_name(codebook, f"{name}.codebook"),
+        codebook=OVP8 if codebook is None else _codebook_name(codebook, f"{name}.codebook"),
         group_size=weight.group_size,
         parameters=weight.quantized_values,
-        size_bytes=sum(tensor.numel() * tensor.element_size() for tensor in (codes, scale, codebook)),
-        outlier_share=pairs / codes.numel(),
+        size_bytes=sum(
+            tensor.numel() * tensor.element_size()
+            for tensor in (codes, scale, codebook)
+            if tensor is not None
+        ),
+        outlier_share=pairs / (codes.numel() if weight.bits == 4 else codes.numel() // 2),
         plain_share=plain / scale.numel(),
         sqnr_db=weight.sqnr_db,
+        bits=weight.bits,
+        activations=_activations(weight, name),
+        activation_sqnr_db=None if figures is None else figures.sqnr_db,
+        activation_outlier_share=None if figures is None else figures.outlier_share,
+        activation_clipped_share=None if figures is None else figures.clipped_share,
     )
+
+
+def _activations(weight: OVPWeight, name: str) -> str | None:
+    format = weight.activation_format
+    if format is None:
+        return None
+    book = weight.activation_codebook
+    words = [
+        format.name,
+        *([] if book is None else [_codebook_name(book.detach(), f"{name}.activation_codebook")]),
+    ]
+    return " ".join([*words, {-1: "token", 0: "tensor"}.get(format.group_size, str(format.group_size))])
 
 
 def _count_outlier_pairs(codes: Tensor, scale: Tensor, columns: int, group_size: int) -> int:
@@ -106,7 +139,7 @@ def _other_bytes(model: nn.Module) -> int:
     """Parameters and saved buffers that are not part of a quantized weight, each tensor once."""
     seen: dict[int, Tensor] = {}
     for module in model.modules():
-        stored = ("codes", "scale", "codebook") if isinstance(module, OVPWeight) else ()
+        stored = WEIGHT_TENSORS if isinstance(module, OVPWeight) else ()
         held: dict[str, Tensor | None] = {}
         held.update({key: value for key, value in module._parameters.items() if key not in stored})
         for key, buffer in module._buffers.items():

@@ -65,16 +65,20 @@ def render_page(report: Report) -> str:
         groups=groups,
         sqnr=dict(zip(report.layers, _sqnr_bars(report.layers), strict=True)),
         outliers=dict(zip(report.layers, _outlier_bars(report.layers), strict=True)),
+        has_activations=any(layer.activations is not None for layer in report.layers),
+        activation_sqnr=dict(
+            zip(report.layers, _sqnr_bars(report.layers, "activation_sqnr_db"), strict=True)
+        ),
     )
 
 
-def _sqnr_bars(layers: tuple[LayerReport, ...]) -> list[Bar]:
+def _sqnr_bars(layers: tuple[LayerReport, ...], key: str = "sqnr_db") -> list[Bar]:
     """The longest bar is the best finite ratio; an exact weight has a full one."""
-    finite = [layer.sqnr_db for layer in layers if layer.sqnr_db is not None and math.isfinite(layer.sqnr_db)]
+    ratios: list[float | None] = [getattr(layer, key) for layer in layers]
+    finite = [ratio for ratio in ratios if ratio is not None and math.isfinite(ratio)]
     longest = max([ratio for ratio in finite if ratio > 0], default=1.0)
     bars = []
-    for layer in layers:
-        ratio = layer.sqnr_db
+    for ratio in ratios:
         length = None if ratio is None else min(1.0, max(0.0, ratio / longest))
         bars.append(Bar(length, decibels(ratio)))
     return bars

@@ -20,13 +20,19 @@ class LayerReport:
         name: of the module; of the stack, for experts.
         kind: "linear", "conv1d", "experts" or "sorted_experts".
         shape: (N, K), or (E, N, K) for a stack of E experts.
-        codebook: its name; "learned" if its tables are none of the fixed ones.
+        codebook: its name; "learned" if its tables are none of the fixed ones; "ovp8" for 8 bits.
         group_size: -1 per channel, 0 per tensor, else columns per group.
         parameters: float values the codes stand for.
         size_bytes: of codes, scales and codebook as a checkpoint stores them.
         outlier_share: share of pairs that hold an outlier and its victim, 0 to 1.
         plain_share: share of groups without the pair rule, 0 to 1.
         sqnr_db: signal-to-quantization-noise ratio in dB, inf if the codes are exact; None if not known.
+        bits: per code.
+        activations: how the layer's input is quantized, e.g. "int8 token", "ovp4 flint4 tensor"; None = it is
+            not.
+        activation_sqnr_db: ratio of the calibration sample in dB; None if there was no sample.
+        activation_outlier_share: share of its pairs that hold an outlier and its victim; likewise.
+        activation_clipped_share: share of its values beyond the largest level; likewise.
     """
 
     name: str
@@ -39,6 +45,11 @@ class LayerReport:
     outlier_share: float
     plain_share: float
     sqnr_db: float | None
+    bits: int = 4
+    activations: str | None = None
+    activation_sqnr_db: float | None = None
+    activation_outlier_share: float | None = None
+    activation_clipped_share: float | None = None
 
     @property
     def bits_per_weight(self) -> float:
@@ -127,8 +138,9 @@ class Report:
         """`to_dict` as one JSON object; JSON has no infinity, so a ratio that is not finite becomes null."""
         values = self.to_dict()
         for layer in values["layers"]:
-            if layer["sqnr_db"] is not None and not math.isfinite(layer["sqnr_db"]):
-                layer["sqnr_db"] = None
+            for key in ("sqnr_db", "activation_sqnr_db"):
+                if layer[key] is not None and not math.isfinite(layer[key]):
+                    layer[key] = None
         return json.dumps(values, indent=indent, allow_nan=False)
 
     def html(self, path: str | os.PathLike[str]) -> Path:

@@ -60,17 +60,47 @@ def render_table(report: Report, width: int | None, *, every_layer: bool) -> str
     for group in by_reason(report.skipped):
         names = ", ".join(group.names)
         skipped.add_row(Text(group.reason), str(group.modules), f"{group.parameters:,}", Text(names))
+    inputs = _activation_table(lines, grouped, extent, style)
     stream = io.StringIO()
     console = Console(file=stream, width=width, color_system=None, highlight=False, legacy_windows=False)
     console.print(layers)
     if grouped:
         console.print("Layers whose names differ in numbers share a line: mean shares, least and mean SQNR.")
         console.print()
+    if inputs is not None:
+        console.print(inputs)
     if report.skipped:
         console.print(skipped)
     for line in totals(report):
         console.print(Text(line))
     return "\n".join(line.rstrip() for line in stream.getvalue().splitlines())
+
+
+def _activation_table(
+    lines: list[tuple[str, list[LayerReport]]], grouped: bool, extent: bool, style: dict[str, Any]
+) -> Any:
+    """What becomes of the layers' inputs; None where they are not quantized."""
+    from rich.table import Table
+    from rich.text import Text
+
+    if all(layer.activations is None for _, members in lines for layer in members):
+        return None
+    table = Table(title="Inputs of quantized layers", title_justify="left", **style)
+    table.add_column("layer", overflow="fold", min_width=12)
+    if grouped:
+        table.add_column("count", justify="right", no_wrap=True)
+    table.add_column("activations", overflow="fold")
+    for title in (*(("outlier\npairs", "clipped") if extent else ()), "SQNR\ndB"):
+        table.add_column(title, justify="right", no_wrap=True)
+    for name, members in lines:
+        cells = [Text(name), *([Text(str(len(members)))] if grouped else [])]
+        cells.append(Text(members[0].activations or "-"))
+        if extent:
+            cells.append(Text(_share(members, "activation_outlier_share", ".2%")))
+            cells.append(Text(_share(members, "activation_clipped_share", ".3%")))
+        cells.append(Text(_ratios(members, "activation_sqnr_db")))
+        table.add_row(*cells)
+    return table
 
 
 def totals(report: Report) -> list[str]:
@@ -89,7 +119,14 @@ def _lines(report: Report, every_layer: bool) -> list[tuple[str, list[LayerRepor
         return [(layer.name or "(model)", [layer]) for layer in report.layers]
     lines: dict[tuple[object, ...], list[LayerReport]] = {}
     for layer in report.layers:
-        key = (pattern(layer.name), layer.kind, layer.shape, layer.codebook, layer.group_size)
+        key = (
+            pattern(layer.name),
+            layer.kind,
+            layer.shape,
+            layer.codebook,
+            layer.group_size,
+            layer.activations,
+        )
         lines.setdefault(key, []).append(layer)
     return [
         (members[0].name if len(members) == 1 else pattern(members[0].name), members)
@@ -101,8 +138,14 @@ def _mean(members: list[LayerReport], share: str) -> float:
     return float(sum(getattr(layer, share) for layer in members) / len(members))
 
 
-def _ratios(members: list[LayerReport]) -> str:
-    known = [layer.sqnr_db for layer in members if layer.sqnr_db is not None]
+def _share(members: list[LayerReport], share: str, digits: str) -> str:
+    """Mean of those that are known; "-" if none is."""
+    known = [found for layer in members if (found := getattr(layer, share)) is not None]
+    return format(sum(known) / len(known), digits) if known else "-"
+
+
+def _ratios(members: list[LayerReport], key: str = "sqnr_db") -> str:
+    known = [ratio for layer in members if (ratio := getattr(layer, key)) is not None]
     if len(known) < 2:
         return decibels(known[0] if known else None)
     return f"{decibels(min(known))} / {decibels(sum(known) / len(known))}"

@@ -5,6 +5,7 @@ python -m pytest -p tests.avx512.everywhere tests/ops -k linear
 
 from __future__ import annotations
 
+import shutil
 import tempfile
 from pathlib import Path
 
@@ -17,5 +18,9 @@ from tests.avx512.module import emulated_cpu
 def pytest_configure(config: pytest.Config) -> None:
     """Before any test module is imported: they ask when they are."""
     keep = getattr(config, "cache", None)
-    folder = Path(tempfile.mkdtemp()) if keep is None else keep.mkdir("emulated_cpu")
+    if keep is not None:
+        folder = keep.mkdir("emulated_cpu")
+    else:
+        folder = Path(tempfile.mkdtemp())
+        config.add_cleanup(lambda: shutil.rmtree(folder, ignore_errors=True))
     cpu._MODULE = emulated_cpu(folder)

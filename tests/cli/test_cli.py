@@ -89,3 +89,28 @@ def test_python_m_olive_is_the_command():
         [sys.executable, "-m", "olive", "--help"], capture_output=True, text=True, check=True
     )
     assert "doctor" in run.stdout
+
+
+def test_quantize_with_activations(model_path, tmp_path):
+    out = tmp_path / "quantized"
+    options = ["--bits", "8", "--activations", "int8", "--activation-group-size", "64"]
+    result = CliRunner().invoke(app, ["quantize", model_path, str(out), *options])
+    assert result.exit_code == 0, result.output
+    assert "int8 64" in result.output
+    layer = transformers.AutoModelForCausalLM.from_pretrained(out).model.layers[0].mlp.down_proj
+    assert (layer.bits, layer.activation_format.name, layer.activation_format.group_size) == (8, "int8", 64)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--bits", "8", "--codebook", "nf4"], "codebook: expected 'ovp8' with bits=8"),
+        (["--activations", "int8", "--activation-group-size", "0"], "static scales need calibration data"),
+        (["--activation-codebook", "nf4"], "activation_codebook: expected 'int4' unless"),
+    ],
+)
+def test_quantize_refuses_what_does_not_go_together(model_path, tmp_path, options, message):
+    arguments = ["quantize", model_path, str(tmp_path / "new"), *options]
+    result = CliRunner().invoke(app, arguments, env={"COLUMNS": "400"})
+    assert result.exit_code == 2
+    assert message in result.output

@@ -47,7 +47,7 @@ def test_unused_keyword_arguments_come_back() -> None:
         ({"format_version": None}, ValueError, r"quantization_config\.format_version: expected an integer"),
         ({"quant_method": "awq"}, ValueError, r"quant_method: expected 'olive', got 'awq'"),
         ({"sqnr_db": None}, TypeError, r"quantization_config\.sqnr_db: expected an object"),
-        ({"bits": 3}, ValueError, r"bits: expected 4, got 3"),
+        ({"bits": 3}, ValueError, r"bits: expected one of 4, 8, got 3"),
         ({"group_size": 48}, ValueError, r"group_size: expected one of"),
         ({"colour": "red"}, ValueError, r"got unknown \['colour'\]"),
     ],

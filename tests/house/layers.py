@@ -14,11 +14,11 @@ PACKAGE = ROOT / "olive"
 LAYERS: tuple[frozenset[str], ...] = (
     frozenset({"_lazy", "_progress", "_cpu", "_cuda", "formats"}),
     frozenset({"config", "kernels"}),
-    frozenset({"frameworks", "ops"}),
+    frozenset({"frameworks", "ops", "presets"}),
     frozenset({"nn"}),
     frozenset({"walk", "ptq"}),
     frozenset({"quantization", "qat", "lift"}),
-    frozenset({"doctor", "hf", "reports"}),
+    frozenset({"doctor", "eval", "hf", "reports"}),
     frozenset({"cli"}),
     frozenset({"__main__"}),
 )

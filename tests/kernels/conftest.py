@@ -8,11 +8,14 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator, Sequence
+from pathlib import Path
 from types import ModuleType
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import pytest
 import torch
+
+from olive.ops.rounding import fused_multiply_add
 
 INTERPRETING = os.environ.get("TRITON_INTERPRET") == "1"
 # The interpreter rounds to bfloat16 by cutting off bits, and multiplies bit patterns.
@@ -46,7 +49,22 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
 
 
 @pytest.fixture
-def kernels(device: str) -> Iterator[ModuleType]:
+def no_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nothing is taken from, or left in, the user's cache of compiled kernels."""
+    pytest.importorskip("triton")
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
+
+
+def _fused(self: Any, x: Any, y: Any, z: Any) -> Any:
+    """`fma` of float32 for the interpreter, rounded once."""
+    from triton.runtime.interpreter import TensorHandle
+
+    factors = [torch.from_numpy(handle.data.copy()) for handle in (x, y, z)]
+    return TensorHandle(fused_multiply_add(*factors).numpy(), z.dtype.scalar)
+
+
+@pytest.fixture
+def kernels(device: str, monkeypatch: pytest.MonkeyPatch) -> Iterator[ModuleType]:
     """`olive.kernels`, imported by the tests that run it and by no other."""
     pytest.importorskip("triton")
     import olive.kernels
@@ -55,6 +73,9 @@ def kernels(device: str) -> Iterator[ModuleType]:
         yield olive.kernels
         return
     import numpy
+    from triton.runtime.interpreter import InterpreterBuilder
 
+    # Triton 3.6's interpreter rounds the product and then the sum.
+    monkeypatch.setattr(InterpreterBuilder, "create_fma", _fused)
     with numpy.errstate(all="ignore"):  # what a GPU computes without a word, such as 1 / 0 in a masked lane
         yield olive.kernels

@@ -3,44 +3,30 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
 from itertools import product
-from pathlib import Path
 
 import pytest
 import torch
 
-from tests.kernels.ahead_of_time import Compiled, compile_kernel
+from tests.kernels.ahead_of_time import (
+    CAPABILITIES,
+    ONE_TYPE_EACH,
+    SHARED_MEMORY,
+    STORED,
+    assert_never_fused,
+    compile_kernel,
+)
 from tests.kernels.conftest import INTERPRETING
 
-pytestmark = pytest.mark.skipif(INTERPRETING, reason="Triton compiles nothing while it interprets")
+pytestmark = [
+    pytest.mark.skipif(INTERPRETING, reason="Triton compiles nothing while it interprets"),
+    pytest.mark.usefixtures("no_cache"),
+]
 
-CAPABILITIES = (80, 90, 100, 120)
-ONE_TYPE_EACH = ((80, "fp16"), (90, "bf16"), (100, "fp16"), (120, "bf16"))
 TYPES = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}
-# The smallest that a block may have among them: sm_120, and sm_86 and sm_89, which run what sm_80 runs.
-SHARED_MEMORY = 99 * 1024
-STORED = {"codes_ptr": "*u8", "scale_ptr": "*i16", "codebook_ptr": "*i8"}
 # A product's rows, group size and activations: block shapes, with the groups that need most registers.
 PRODUCTS = ((2, 128, "fp16"), (64, 128, "bf16"), (4096, 128, "bf16"))
 FLOAT32_PRODUCT = (4096, 128, "fp32")
-
-
-@pytest.fixture(autouse=True)
-def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """Nothing is taken from, or left in, the user's cache of compiled kernels."""
-    pytest.importorskip("triton")
-    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
-    yield
-
-
-def _assert_never_fused(compiled: Compiled) -> None:
-    """Products and sums that the format rounds one by one are not contracted, denormals are not flushed."""
-    assert not re.search(r"\bfma\.", compiled.ptx)
-    assert ".ftz" not in compiled.ptx
-    assert ".approx" not in compiled.ptx
-    arithmetic = re.findall(r"\b(?:add|sub|mul|div|sqrt)[.\w]*\.f(?:32|64)", compiled.ptx)
-    assert all(".rn" in instruction for instruction in arithmetic)
 
 
 @pytest.mark.parametrize(
@@ -115,7 +101,7 @@ def test_decode_and_encode_round_as_the_format_does(capability: int, kind: str) 
         enable_fp_fusion=False,
     )
     for compiled in (decode, encode):
-        _assert_never_fused(compiled)
+        assert_never_fused(compiled)
         assert compiled.resources()["LOCAL"] == 0
 
 
@@ -131,7 +117,7 @@ def test_search_rounds_as_the_format_does(capability: int, kind: str) -> None:
     }
     constants = {"GROUP_SIZE": 128, "OPTIMAL": True, "BLOCK": BLOCK_GROUPS, "importance_ptr": None}
     compiled = compile_kernel(ovp_quantize_kernel, pointers, constants, capability, enable_fp_fusion=False)
-    _assert_never_fused(compiled)
+    assert_never_fused(compiled)
     assert compiled.resources()["LOCAL"] == 0
 
 
@@ -150,4 +136,4 @@ def test_search_per_tensor_rounds_as_the_format_does() -> None:
         (per_tensor.row_errors_kernel, {"BLOCK": rows, "OPTIMAL": False}),
         (per_tensor.best_scale_kernel, {}),
     ):
-        _assert_never_fused(compile_kernel(kernel, pointers, constants, 80, enable_fp_fusion=False))
+        assert_never_fused(compile_kernel(kernel, pointers, constants, 80, enable_fp_fusion=False))

@@ -28,7 +28,7 @@ def test_kernels_are_right_under_the_interpreter() -> None:
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
-        timeout=600,
+        timeout=900,
     )
     print(run.stdout)
     assert run.returncode == 0, run.stdout

@@ -42,7 +42,8 @@ def _linear(
     return kernels.ovp_linear_triton(x.to(device), *tensors, bias, stored[0].shape[0], group).cpu()
 
 
-def _check(found: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None) -> None:
+def check_product(found: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None) -> None:
+    """Check that a product is as near to float64 as its sums' type allows."""
     assert found.dtype == x.dtype
     assert found.shape == (*x.shape[:-1], weight.shape[0])
     offset = torch.zeros(()) if bias is None else bias
@@ -65,7 +66,7 @@ def test_output_is_within_the_rounding_of_float32(
             weight = ovp_decode_reference(*stored, columns, group_size, torch.float32)
             x = torch.randn(rows, columns).to(dtype)
             bias = _bias(outputs, turn)
-            _check(_linear(kernels, device, x, stored, bias, group_size), x, weight, bias)
+            check_product(_linear(kernels, device, x, stored, bias, group_size), x, weight, bias)
 
 
 @pytest.mark.parametrize("book", BOOKS)
@@ -107,9 +108,9 @@ def test_any_leading_shape_and_strides(kernels: ModuleType, device: str, dtype: 
     bias = strided(torch.linspace(-1, 1, 6))
     for shape in ((45,), (1, 45), (2, 3, 45), (0, 45), (2, 0, 45)):
         x = torch.randn(shape).to(dtype)
-        _check(_linear(kernels, device, strided(x), spread, bias, 32), x, weight, bias)
+        check_product(_linear(kernels, device, strided(x), spread, bias, 32), x, weight, bias)
     x = torch.randn(45, 4).to(dtype).t()
-    _check(_linear(kernels, device, x, stored, None, 32), x, weight, None)
+    check_product(_linear(kernels, device, x, stored, None, 32), x, weight, None)
 
 
 def test_split_columns_give_the_same_bits_every_time(
@@ -156,7 +157,7 @@ def test_offsets_past_two_to_the_31_are_right(kernels: ModuleType, device: str, 
     found = kernels.ovp_linear_triton(x.to(device), wide, wide_scale, table.to(device), None, outputs, -1)
     assert bool((found[:, :-3] == 0).all())
     weight = ovp_decode_reference(codes, scale, table, columns, -1, torch.float32)
-    _check(found[:, -3:].cpu(), x, weight, None)
+    check_product(found[:, -3:].cpu(), x, weight, None)
 
 
 def test_a_cuda_graph_replays_the_product(kernels: ModuleType, device: str) -> None:

@@ -87,6 +87,18 @@ def test_every_backend_has_every_operator() -> None:
             assert f"{key}: registered" in torch._C._dispatch_dump(f"olive::{name}")
 
 
+def test_without_a_cuda_kernel_triton_serves_or_else_the_reference(
+    lacks: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    lacks("", "")
+    for functions, name in ((gpu._TRITON, "triton"), (gpu._REFERENCE, "reference")):
+        monkeypatch.setitem(functions, "ovp8_decode", lambda codes, name=name: name)
+    run = gpu._BACKENDS["cuda"]["ovp8_decode"]
+    assert run(torch.zeros(1)) == "triton"
+    lacks("", "not installed")
+    assert run(torch.zeros(1)) == "reference"
+
+
 def test_other_devices_have_no_packed_layout() -> None:
     assert has_packed_layout(torch.device("cpu"))
     assert not has_packed_layout(torch.device("meta"))

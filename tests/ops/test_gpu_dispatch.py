@@ -1,4 +1,4 @@
-"""`choose_linear`: every choice can run where it is made, and small matrices fill the GPU."""
+"""`choose_linear`, `choose_linear_quantized`: choices can run where they are made, and fill the GPU."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from olive.ops import gpu_dispatch
-from olive.ops.gpu_dispatch import Gpu, Plan, choose_linear
+from olive.ops.gpu_dispatch import Gpu, Plan, choose_linear, choose_linear_quantized
 from tests.cuda.module import NEEDS_COMPILER, emulated_cuda
 
 H200 = Gpu(90, 132, True, 227 * 1024, 228 * 1024)
@@ -70,10 +70,45 @@ def test_a_gpu_without_the_shared_memory_decodes() -> None:
     assert choose_linear(1, 4096, 4096, torch.float16, TURING) == Plan("decode")
 
 
+@settings(max_examples=200, deadline=None, derandomize=True)
+@given(
+    m=st.integers(1, 20_000),
+    n=st.integers(1, 100_000),
+    k=st.integers(1, 100_000),
+    group_size=st.sampled_from((-1, 0, 32, 64, 128)),
+    activation_group_size=st.sampled_from((-1, 0, 32, 64, 128)),
+    gpu=st.sampled_from((H200, A100, RTX4090, B200)),
+)
+def test_every_choice_for_integers_can_run(
+    m: int, n: int, k: int, group_size: int, activation_group_size: int, gpu: Gpu
+) -> None:
+    plan = choose_linear_quantized(m, n, k, group_size, activation_group_size, gpu)
+    if plan.kernel == "wgmma":
+        assert gpu.capability == 90
+        tiles = gpu_dispatch.quantized_wgmma_tiles(group_size, activation_group_size)
+        assert (plan.rows, plan.tokens) in tiles
+    else:
+        (tile,) = (tile for tile in gpu_dispatch.QUANTIZED_MMA_TILES if tile.tokens == plan.tokens)
+        assert plan.kernel == "mma"
+        assert tile.shared <= gpu.shared_per_block
+        assert plan.split in (1, 2, 4, 8)
+
+
+def test_integers_take_the_kernels_that_16_bit_products_take() -> None:
+    for m, tokens in ((1, 8), (16, 16), (32, 32)):
+        plan = choose_linear_quantized(m, 14336, 4096, 128, -1, H200)
+        assert (plan.kernel, plan.tokens) == ("mma", tokens)
+    assert choose_linear_quantized(64, 4096, 4096, 128, -1, H200).kernel == "mma", "too few tiles"
+    assert choose_linear_quantized(64, 14336, 4096, 128, -1, H200) == Plan("wgmma", tokens=64, rows=128)
+    for m in (1024, 4096):
+        assert choose_linear_quantized(m, 4096, 4096, 128, -1, H200) == Plan("wgmma", tokens=256, rows=128)
+    assert choose_linear_quantized(4096, 4096, 4096, 128, 32, H200).tokens == 128
+    assert choose_linear_quantized(4096, 4096, 4096, 128, -1, A100).kernel == "mma"
+
+
 @NEEDS_COMPILER
-def test_tiles_are_those_of_the_kernels() -> None:
-    expected = [
-        (tile.tokens, tile.rows, tile.warps_along_k, tile.blocks, tile.shared)
-        for tile in gpu_dispatch.MMA_TILES
-    ]
-    assert emulated_cuda().mma_shapes() == expected
+@pytest.mark.parametrize("name", ["mma_shapes", "quantized_mma_shapes"])
+def test_tiles_are_those_of_the_kernels(name: str) -> None:
+    tiles = gpu_dispatch.MMA_TILES if name == "mma_shapes" else gpu_dispatch.QUANTIZED_MMA_TILES
+    expected = [(tile.tokens, tile.rows, tile.warps_along_k, tile.blocks, tile.shared) for tile in tiles]
+    assert getattr(emulated_cuda(), name)() == expected

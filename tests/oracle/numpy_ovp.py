@@ -311,11 +311,12 @@ def encode8(weight: Array, scale: Array, group_size: int, pairing: str = "optima
             value, _ = read_scale(scale[0 if group_size == 0 else row, group])
             width = _even(where.stop - where.start)
             t = _padded(weight[row, where], width) * (F32(1) / value)
-            codes[row, where.start : where.start + width] = _choose8(t, pairing)
+            codes[row, where.start : where.start + width] = choose_pairs8(t, pairing)[0]
     return codes
 
 
-def _choose8(t: Array, pairing: str) -> Array:
+def choose_pairs8(t: Array, pairing: str) -> tuple[Array, Array]:
+    """Bytes and float32 pair errors of t [..., 2 P]."""
     size = np.abs(t)
     normal = np.clip(np.rint(t), -127, 127).astype(F32)
     index = _nearest(size, OUTLIERS8)
@@ -325,8 +326,9 @@ def _choose8(t: Array, pairing: str) -> Array:
 
     (na, nb), (oa, ob) = _pairs(square(t - normal)), _pairs(square(size - OUTLIERS8[index].astype(F32)))
     va, vb = _pairs(square(t))
+    costs = np.stack([na + nb, oa + vb, va + ob])
     if pairing == "optimal":
-        choice = np.argmin(np.stack([na + nb, oa + vb, va + ob]), axis=0)
+        choice = np.argmin(costs, axis=0)
     else:
         (past_a, past_b), (size_a, size_b) = _pairs(size > 135.5), _pairs(size)
         choice = np.where(past_a & past_b, np.where(size_a >= size_b, 1, 2), past_a * 1 + past_b * 2)
@@ -335,6 +337,133 @@ def _choose8(t: Array, pairing: str) -> Array:
     (n_a, n_b), (o_a, o_b) = _pairs(n_byte), _pairs(o_byte)
     mark = np.full_like(n_a, 0x80)
     out = np.empty_like(n_byte)
-    out[0::2] = np.choose(choice, [n_a, o_a, mark])
-    out[1::2] = np.choose(choice, [n_b, mark, o_b])
-    return out.astype(np.uint8)
+    out[..., 0::2] = np.choose(choice, [n_a, o_a, mark])
+    out[..., 1::2] = np.choose(choice, [n_b, mark, o_b])
+    return out.astype(np.uint8), np.take_along_axis(costs, choice[None], axis=0)[0]
+
+
+# Section 8, eight bits
+
+
+def search_group8(block: Array, pairing: str, grid: list[float], count: int) -> np.int16:
+    """The stored scale of one group: float32 [rows, even width], `count` real values."""
+    largest = F32(np.abs(block).max())
+    if largest < 2.0**-60:
+        return write_scale(F32(1), False)
+    even, odd = _pairs(block * block)
+    sigma3 = F32(3.0 * np.sqrt(_block_sum(even + odd) / np.float64(count)))
+    best, winner = np.float64(np.inf), F32(1)
+    for multiple in grid:
+        scale = round_to_storable(min(largest, F32(multiple) * sigma3) / F32(127))
+        errors = choose_pairs8(block * (F32(1) / scale), pairing)[1]
+        error = _block_sum(errors) * (np.float64(scale) * np.float64(scale))
+        if error < best:
+            best, winner = error, scale
+    return write_scale(winner, False)
+
+
+def quantize8(weight: Array, group_size: int, pairing: str, grid: list[float]) -> tuple[Array, Array]:
+    """weight float32 [N, K] -> codes uint8 [N, 2 P], scale int16 [rows, G]."""
+    rows, columns = weight.shape
+    groups = group_columns(columns, group_size)
+    scale = np.zeros((1 if group_size == 0 else rows, len(groups)), dtype=np.int16)
+    blocks = [slice(0, rows)] if group_size == 0 else [slice(row, row + 1) for row in range(rows)]
+    for row, block_rows in enumerate(blocks):
+        for group, where in enumerate(groups):
+            width = group_size if group_size > 0 else _even(columns)
+            block = weight[block_rows, where]
+            scale[row, group] = search_group8(_padded(block, width), pairing, grid, block.size)
+    return encode8(weight, scale, group_size, pairing), scale
+
+
+# Section 11
+
+PAIR_GRID_11, PLAIN_GRID_11, GRID8_11 = [0.35, 0.5, 0.7, 1.0, 1.4], [0.7, 0.85, 1.0], [1.0, 2.0, 4.0, 8.0]
+
+
+def quantize_activations(
+    x: Array, name: str, group_size: int, pairing: str, stored: bytes | None, static: int | None
+) -> tuple[Array, Array]:
+    """x float32 [M, K] -> integer levels [M, K], scale float32 [M, G]; `static` is a stored pattern."""
+    groups = group_columns(x.shape[1], group_size)
+    levels = np.zeros(x.shape, dtype=np.int64)
+    scales = np.zeros((len(x), len(groups)), dtype=F32)
+    for row in range(len(x)):
+        for group, where in enumerate(groups):
+            values = x[row, where]
+            if not np.isfinite(values).all():
+                scales[row, group] = np.nan
+                continue
+            found = _quantize_run(values, name, pairing, stored, static)
+            levels[row, where], scales[row, group] = found
+    return levels, scales
+
+
+def _quantize_run(
+    values: Array, name: str, pairing: str, stored: bytes | None, static: int | None
+) -> tuple[Array, np.float32]:
+    """One group of one token."""
+    run = values[None]
+    if name == "int8":
+        if static is not None:
+            scale = read_scale(static)[0]
+        else:
+            largest = F32(np.abs(values).max())
+            scale = F32(1) if largest < 2.0**-60 else F32(largest / F32(127))
+        return np.clip(np.rint(values * (F32(1) / scale)), -127, 127).astype(np.int64), scale
+    pattern: Array
+    if name == "ovp8":
+        if static is None:
+            codes, pattern = quantize8(run, -1, pairing, GRID8_11)
+        else:
+            pattern = np.array([[static]], dtype=np.int16)
+            codes = encode8(run, pattern, -1, pairing)
+        unit = np.array([[0x3F80]], dtype=np.int16)  # decoding with scale 1 gives levels
+        return decode8(codes, unit, len(values), -1)[0].astype(np.int64), read_scale(pattern[0, 0])[0]
+    assert stored is not None
+    if static is None:
+        codes, pattern = quantize(run, stored, -1, pairing, PAIR_GRID_11, PLAIN_GRID_11)
+    else:
+        pattern = np.array([[static]], dtype=np.int16)
+        codes = encode(run, pattern, stored, -1, pairing)
+    value, plain = read_scale(pattern[0, 0])
+    unit = np.array([[0x3F80 | plain]], dtype=np.int16)
+    return decode(codes, unit, stored, len(values), -1)[0].astype(np.int64), value
+
+
+def fused_multiply_add(a: Array, b: Array, c: Array) -> Array:
+    """float32 a x b + c, rounded once. The product is exact in float64; the sum is rounded to odd there."""
+    product = np.float64(a) * np.float64(b)
+    total = product + np.float64(c)
+    part = total - product
+    rest = (product - (total - part)) + (np.float64(c) - part)  # what the sum lost, exactly
+    even = np.ascontiguousarray(total).view(np.int64) % 2 == 0
+    toward = np.where(rest > 0, np.inf, -np.inf)
+    return np.where((rest != 0) & even, np.nextafter(total, toward), total).astype(F32)
+
+
+def linear_quantized(
+    x_levels: Array,
+    x_scale: Array,
+    w_levels: Array,
+    w_scale: Array,
+    bias: Array | None,
+    group_size: int,
+    activation_group_size: int,
+) -> Array:
+    """Levels int64 [M, K] and [N, K], scales float32 [M, Gx] and [rows, Gw] -> float32 [M, N]."""
+    columns = x_levels.shape[1]
+    sizes = [size for size in (group_size, activation_group_size) if size > 0]
+    width = min(sizes) if sizes else columns
+    total = np.zeros((len(x_levels), len(w_levels)), dtype=F32)
+    for first in range(0, columns, width):
+        run = slice(first, min(first + width, columns))
+        sums = (x_levels[:, run] @ w_levels[:, run].T).astype(F32)
+        factor = np.broadcast_to(w_scale[:, first // group_size if group_size > 0 else 0], (len(w_levels),))
+        factor = np.broadcast_to(factor, total.shape)
+        if activation_group_size > 0:
+            factor = x_scale[:, first // activation_group_size, None] * factor
+        total = fused_multiply_add(sums, factor, total)
+    if activation_group_size <= 0:
+        total = total * x_scale
+    return total if bias is None else total + bias

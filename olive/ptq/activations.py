@@ -1,0 +1,128 @@
+"""Static scales of activations, found on a calibration sample, and how well the sample survives."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from olive import ops
+from olive.config import PAPER_CODEBOOKS
+from olive.formats import (
+    PAPER,
+    PER_TENSOR,
+    ActivationFormat,
+    Codebook,
+    get_codebook,
+    outlier_pairs,
+    pack_scale,
+    unpack_scale,
+)
+from olive.formats.activations import DYNAMIC_PAIR_GRID, DYNAMIC_PLAIN_GRID
+from olive.formats.layout import expand_scale, pad_columns
+from olive.formats.scales import TINY
+from olive.nn import ActivationFigures
+from olive.ptq.calibration import InputSample
+from olive.ptq.noise import decibels, energies
+from olive.ptq.search import search_grids, search_grids8
+
+_INT8_LARGEST = 127
+_OVP8_LARGEST, _OVP8_STEP = 32768, 2048
+
+
+class StaticScale(NamedTuple):
+    """What a layer stores of its input."""
+
+    scale: Tensor  # int16 [1]
+    codebook: Tensor | None  # int8 [32] of "ovp4"
+
+
+def static_scale(sample: InputSample, format: ActivationFormat, device: torch.device) -> StaticScale:
+    """The scale of a whole input: the least squared error on the sample, found as a weight's scale is.
+
+    "int8" takes max |x| / 127 of everything that was seen. Static scales follow the pair rule: plain levels
+    are not tried.
+
+    Args:
+        sample: of the layer's input.
+        format: static; codebook "paper" takes int4 or flint4, whichever loses less.
+        device: where to search and to put the result.
+    """
+    assert sample.rows is not None
+    rows = sample.rows.to(device)
+    if format.name == "int8":
+        largest = torch.tensor([sample.largest], dtype=torch.float32, device=device)
+        scale = torch.where(largest < TINY, 1.0, largest / _INT8_LARGEST)
+        return StaticScale(pack_scale(scale, torch.zeros(1, dtype=torch.bool, device=device)), None)
+    method = "paper" if format.pairing == "paper" else "search"
+    if format.name == "ovp8":
+        grids = search_grids8(method)
+        _, stored = ops.ovp8_quantize(rows, PER_TENSOR, grids.pairing, grids.pair)
+        return StaticScale(stored.reshape(1), None)
+    best: tuple[float, StaticScale] | None = None
+    for name in PAPER_CODEBOOKS if format.codebook == PAPER else (format.codebook,):
+        table = get_codebook(name).tensor().to(device)
+        grids = search_grids(method, name, PER_TENSOR)
+        codes, stored = ops.ovp_quantize(rows, table, PER_TENSOR, grids.pairing, grids.pair, [], None)
+        noise = energies(rows, codes, stored, table, PER_TENSOR)[1]
+        if best is None or noise < best[0]:
+            best = noise, StaticScale(stored.reshape(1), table)
+    assert best is not None
+    return best[1]
+
+
+def activation_figures(
+    sample: InputSample, format: ActivationFormat, codebook: Tensor | None, scale: Tensor | None
+) -> ActivationFigures:
+    """How well a sample survives.
+
+    Args:
+        sample: of the layer's input.
+        format: as the layer computes.
+        codebook: int8 [32] of "ovp4", else None.
+        scale: int16 [1] if the format is static, else None.
+    """
+    assert sample.rows is not None
+    device = next((tensor.device for tensor in (codebook, scale) if tensor is not None), sample.rows.device)
+    rows = sample.rows.to(device)
+    levels, found = ops.quantize_activations(
+        rows, format.name, format.group_size, format.pairing, codebook, scale, torch.float32
+    )
+    columns = rows.shape[1]
+    steps = found if format.group_size <= 0 else found.repeat_interleave(format.group_size, 1)[:, :columns]
+    x = rows.double()
+    noise = (x - (levels * steps).double()).square().sum()
+    clipped = x.abs() > steps.double().abs() * _clips_at(format, codebook)
+    return ActivationFigures(
+        sqnr_db=decibels(float(x.square().sum()), float(noise)),
+        outlier_share=_outlier_share(rows, levels, format, codebook, scale),
+        clipped_share=float(clipped.double().mean()),
+    )
+
+
+def _clips_at(format: ActivationFormat, codebook: Tensor | None) -> float:
+    """Magnitude in units of the scale past which a value loses more than rounding takes."""
+    if format.name == "int8":
+        return _INT8_LARGEST + 0.5
+    if codebook is None:
+        return _OVP8_LARGEST + _OVP8_STEP / 2
+    outlier = Codebook.from_tensor(codebook).outlier
+    return outlier[7] + (outlier[7] - outlier[6]) / 2
+
+
+def _outlier_share(
+    rows: Tensor, levels: Tensor, format: ActivationFormat, codebook: Tensor | None, scale: Tensor | None
+) -> float:
+    """Share of pairs that hold an outlier. Four-bit codes are made anew: plain levels can be as large."""
+    if codebook is None:
+        past = pad_columns(levels, 2).unflatten(1, (-1, 2)).abs() > 127  # never with "int8"
+        return float(past.any(-1).double().mean())
+    stored = None if scale is None else scale[None]
+    if stored is None:
+        grids = (list(DYNAMIC_PAIR_GRID), list(DYNAMIC_PLAIN_GRID))
+        codes, stored = ops.ovp_quantize(rows, codebook, format.group_size, format.pairing, *grids, None)
+    else:
+        codes = ops.ovp_encode(rows, stored, codebook, format.group_size, format.pairing)
+    plain = expand_scale(unpack_scale(stored)[1], len(rows), rows.shape[1], format.group_size)[:, 0::2]
+    return float(outlier_pairs(codes, plain).double().mean())

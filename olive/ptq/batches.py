@@ -1,0 +1,122 @@
+"""Runs a float model on calibration data in the forms that users have it in."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from olive.frameworks import framework_models
+
+_KINDS = "a mapping, tuple, list, tensor or str"
+
+
+def check_batches(calibration: object) -> None:
+    """Refuse what would be iterated over in a way that nobody means.
+
+    Raises:
+        TypeError: no iterable, or a single batch or text.
+    """
+    if isinstance(calibration, (str, bytes, Tensor, Mapping)):
+        raise TypeError(
+            f"calibration: expected an iterable of batches or texts, got a single "
+            f"{type(calibration).__name__}; put it in a list"
+        )
+    if not isinstance(calibration, Iterable):
+        raise TypeError(
+            f"calibration: expected an iterable of batches or texts, got {type(calibration).__name__}"
+        )
+
+
+def run_batches(model: nn.Module, calibration: Iterable[Any], tokenizer: Any = None) -> Iterator[int]:
+    """Run the model on each batch, in eval mode and without gradients, and count them as they are done.
+
+    Mappings are passed as `model(**batch)`, tuples and lists as `model(*batch)`, tensors as `model(batch)`,
+    on the model's device. Texts go through the tokenizer, one by one, cut to what the model takes; a text
+    without a token is passed over. Training flags are restored at the end, whatever happens.
+
+    Args:
+        model: not changed.
+        calibration: batches or texts.
+        tokenizer: for texts; None = that of the model's own library, loaded from where the model came from.
+
+    Raises:
+        TypeError: a batch of another type.
+        ValueError: texts without a tokenizer.
+    """
+    device = next((parameter.device for parameter in model.parameters()), torch.device("cpu"))
+    done = 0
+    # Not inference_mode: what a model caches in a forward would stay an inference tensor, unfit for training.
+    with _eval_mode(model), torch.no_grad():
+        for number, batch in enumerate(calibration):
+            if isinstance(batch, str):
+                tokenizer = _tokenizer_of(model) if tokenizer is None else tokenizer
+                batch = _tokenized(model, tokenizer, batch)
+                if batch is None:
+                    continue
+            moved = _moved(batch, device)
+            if isinstance(moved, dict):
+                model(**moved)
+            elif isinstance(moved, (tuple, list)):
+                model(*moved)
+            elif isinstance(moved, Tensor):
+                model(moved)
+            else:
+                raise TypeError(f"calibration[{number}]: expected {_KINDS}, got {type(batch).__name__}")
+            done += 1
+            yield done
+
+
+@contextmanager
+def _eval_mode(model: nn.Module) -> Iterator[None]:
+    training = [module for module in model.modules() if module.training]
+    try:
+        for module in training:
+            module.training = False
+        yield
+    finally:
+        for module in training:
+            module.training = True
+
+
+def _moved(value: Any, device: torch.device) -> Any:
+    if isinstance(value, Tensor):
+        return value.to(device)
+    if isinstance(value, Mapping):
+        return {key: _moved(one, device) for key, one in value.items()}
+    if isinstance(value, tuple) and not hasattr(value, "_fields"):
+        return tuple(_moved(one, device) for one in value)
+    return [_moved(one, device) for one in value] if isinstance(value, (list, tuple)) else value
+
+
+def _tokenizer_of(model: nn.Module) -> Any:
+    reason = "olive knows no library that the model is of"
+    for framework, found in framework_models(model):
+        if framework.tokenizer is None:
+            continue
+        try:
+            return framework.tokenizer(found)
+        except (OSError, ValueError) as error:
+            reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+    raise ValueError(
+        f"tokenizer: expected one for calibration texts, got None and found none: {reason}; pass "
+        f"olive.quantize(..., tokenizer=...), or batches of token ids"
+    )
+
+
+def _tokenized(model: nn.Module, tokenizer: Any, text: str) -> dict[str, Any] | None:
+    longest = [
+        getattr(getattr(model, "config", None), "max_position_embeddings", None),
+        getattr(tokenizer, "model_max_length", None),
+    ]
+    limit = min((size for size in longest if isinstance(size, int)), default=None)
+    more = {"truncation": True, "max_length": limit} if limit is not None and limit < 1 << 30 else {}
+    encoded = tokenizer(text, return_tensors="pt", **more)
+    if not encoded["input_ids"].numel():
+        return None
+    known = inspect.signature(model.forward).parameters
+    return {key: value for key, value in encoded.items() if key in known}
