@@ -55,8 +55,10 @@ def encode_pairs8(
     odd_code = odd_code | tl.where(odd < 0, 0x80, 0)
     low = tl.where(even_out, even_code, tl.where(odd_out, IDENTIFIER8, even_level.to(tl.int32) & 0xFF))
     high = tl.where(odd_out, odd_code, tl.where(even_out, IDENTIFIER8, odd_level.to(tl.int32) & 0xFF))
-    even_level = tl.where(even_out, signed(even_far, even), tl.where(odd_out, 0.0, even_level))
-    odd_level = tl.where(odd_out, signed(odd_far, odd), tl.where(even_out, 0.0, odd_level))
+    # NaN, 0 times the infinite reciprocal of a subnormal scale, has code 0.
+    even_zero, odd_zero = odd_out | (even_level != even_level), even_out | (odd_level != odd_level)
+    even_level = tl.where(even_out, signed(even_far, even), tl.where(even_zero, 0.0, even_level))
+    odd_level = tl.where(odd_out, signed(odd_far, odd), tl.where(odd_zero, 0.0, odd_level))
     return low, high, error, even_level, odd_level
 
 

@@ -313,7 +313,7 @@ class OVPWeight(nn.Module):
                 else ops.ovp_linear(input, codes, scale, self.codebook, *size)
             )
             return out
-        multiply = ops.ovp_linear_quantized if self._integer else linear_float_activations
+        multiply = ops.ovp_linear_quantized if self._integer else ops.linear_float_activations
         product: Tensor = multiply(
             input,
             codes,

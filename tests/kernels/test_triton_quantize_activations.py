@@ -131,10 +131,12 @@ def test_ties_between_eight_bit_levels_are_broken_alike(
 
 @pytest.mark.parametrize("format", ACTIVATION_FORMATS)
 def test_static_scales_of_every_kind(kernels: ModuleType, device: str, format: str) -> None:
-    """Both rules, both signs, and the ends of float32, where x / scale overflows, 1 / scale is subnormal."""
+    """Both rules, both signs, and the ends of float32, where x / scale or 1 / scale overflows or is tiny."""
     x = activations(6, 37, torch.float32)
     x[0, 0] = 1e38
     scales = [static_scale(value) for value in (2.0**-20, 1e-30, 2.0**-126, 1e30, 2.0**127)]
+    if format != "int8":
+        scales.append(static_scale(2.0**-130))  # 1 / scale is infinite, and 0 times it NaN
     if format == "ovp4":
         scales += [static_scale(value, plain=True) for value in (0.01, -0.01, 1e30)]
     for static in scales:
