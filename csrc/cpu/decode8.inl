@@ -6,24 +6,43 @@
 //
 // Include inside a namespace of the instruction set.
 
-// Sixteen levels from sixteen bytes. A byte beside 0x80 is an outlier: (8 + mantissa) << (exponent + 4), which is the
-// float whose pattern has these seven bits under an exponent of 7.
-inline F16 decode_lanes8(const uint8_t* codes) {
-  const B16 bytes = load<B16>(codes);
-  const B16 partner = __builtin_shuffle(bytes, B16{1, 0, 3, 2, 5, 4, 7, 6, 9, 8, 11, 10, 13, 12, 15, 14});
-  const B16 identifier = B16{} + static_cast<int8_t>(0x80);
-  const I16 code = __builtin_convertvector(bytes, I16);  // sign extended
-  const I16 out = __builtin_convertvector(partner == identifier, I16);
-  const I16 victim = __builtin_convertvector(bytes == identifier, I16);
-  F16 level = __builtin_convertvector(code & ~victim, F16);
+// Signed bytes as integers, one per lane of a part.
+inline IPart widen_bytes(const uint8_t* bytes) {
+#if defined(__AVX512F__)
+  return reinterpret_cast<IPart>(_mm512_cvtepi8_epi32(load<__m128i>(bytes)));
+#elif defined(__AVX2__)
+  return reinterpret_cast<IPart>(_mm256_cvtepi8_epi32(_mm_cvtsi64_si128(load<int64_t>(bytes))));
+#else
+  IPart wide;
+  for (int i = 0; i < kPart; ++i) wide[i] = static_cast<int8_t>(bytes[i]);
+  return wide;
+#endif
+}
+
+// Levels of kPart bytes. A byte beside 0x80 is an outlier: (8 + mantissa) << (exponent + 4), which is the float whose
+// pattern has these seven bits under an exponent of 7.
+inline FPart decode_part8(const uint8_t* codes) {
+  const IPart code = widen_bytes(codes);
+#if defined(__AVX512F__)
+  const IPart partner = __builtin_shuffle(code, IPart{1, 0, 3, 2, 5, 4, 7, 6, 9, 8, 11, 10, 13, 12, 15, 14});
+#else
+  const IPart partner = __builtin_shuffle(code, IPart{1, 0, 3, 2, 5, 4, 7, 6});
+#endif
+  const IPart out = partner == -128;
+  FPart level = __builtin_convertvector(code & ~(code == -128), FPart);
   if (any(out)) {
-    I16 magnitude = code & 0x7F;
-    const I16 none = magnitude == 0;  // 00 and 80 are no outliers
-    magnitude = magnitude > 0x40 ? I16{} + 0x40 : magnitude;
-    const I16 pattern = ((magnitude << 20) + ((127 + 7) << 23)) | (code & static_cast<int32_t>(0x80000000u));
+    IPart magnitude = code & 0x7F;
+    const IPart none = magnitude == 0;  // 00 and 80 are no outliers
+    magnitude = magnitude > 0x40 ? IPart{} + 0x40 : magnitude;
+    const IPart pattern = ((magnitude << 20) + ((127 + 7) << 23)) | (code & static_cast<int32_t>(0x80000000u));
     level = select(out, as_float(pattern & ~none), level);
   }
   return level;
+}
+
+// Sixteen levels from sixteen bytes.
+inline void decode_lanes8(const uint8_t* codes, float* levels) {
+  repeat<kParts>(OLIVE_EACH(part) { store(levels + part * kPart, decode_part8(codes + part * kPart)); });
 }
 
 void decode8_rows(const uint8_t* codes, const int16_t* scale, int64_t k, int group_size, int64_t begin, int64_t end,
@@ -38,7 +57,9 @@ void decode8_rows(const uint8_t* codes, const int16_t* scale, int64_t k, int gro
         uint8_t bytes[kLanes] = {};
         const int64_t in_row = row_bytes - column < kLanes ? row_bytes - column : kLanes;
         __builtin_memcpy(bytes, codes + row * row_bytes + column, static_cast<size_t>(in_row));
-        const F16 decoded = decode_lanes8(bytes) * value;
+        float levels[kLanes];
+        decode_lanes8(bytes, levels);
+        const F16 decoded = load<F16>(levels) * value;
         if (column + kLanes <= last) {
           store_floats(out, row * k + column, type, decoded);
         } else {
@@ -56,17 +77,37 @@ void float_rows(const void* x, Float type, int64_t k, int64_t stride, int64_t be
 constexpr int kRows8 = 4;       // rows of the weight decoded together
 constexpr int kColumns8 = 512;  // columns likewise: 8 KiB of floats
 
+// Where a group's sums and a row's totals are kept, and the scales of the group: lanes of kRows8 rows.
+struct Group8 {
+  bool begins, ends;  // whether the columns at hand are the group's first and last
+  float scale[kRows8];
+};
+
 // One group, or part of one, of kRows8 decoded rows times one activation row.
-inline void multiply8(const float* levels, const float* x, int64_t columns, F16* sums) {
-  F16 a = sums[0], b = sums[1], c = sums[2], d = sums[3];
+inline void multiply8(const float* levels, const float* x, int64_t columns, const Group8& group, F16* sums,
+                      F16* total) {
+  FPart parts[kRows8][kParts] = {};
+  if (!group.begins) __builtin_memcpy(parts, sums, sizeof(parts));
   for (int64_t i = 0; i < columns; i += kLanes) {
-    const F16 lanes = load<F16>(x + i);
-    a = fused_multiply_add(load<F16>(levels + i), lanes, a);
-    b = fused_multiply_add(load<F16>(levels + kColumns8 + i), lanes, b);
-    c = fused_multiply_add(load<F16>(levels + 2 * kColumns8 + i), lanes, c);
-    d = fused_multiply_add(load<F16>(levels + 3 * kColumns8 + i), lanes, d);
+    repeat<kParts>(OLIVE_EACH(part) {
+      const FPart lanes = load<FPart>(x + i + part * kPart);
+      repeat<kRows8>(OLIVE_EACH(row) {
+        const FPart level = load<FPart>(levels + row * kColumns8 + i + part * kPart);
+        parts[row][part] = fused_multiply_add(level, lanes, parts[row][part]);
+      });
+    });
   }
-  sums[0] = a, sums[1] = b, sums[2] = c, sums[3] = d;
+  if (!group.ends) {
+    __builtin_memcpy(sums, parts, sizeof(parts));
+    return;
+  }
+  repeat<kRows8>(OLIVE_EACH(row) {
+    const FPart scale = splat_part(group.scale[row]);
+    auto* to = reinterpret_cast<float*>(total + row);
+    repeat<kParts>(OLIVE_EACH(part) {
+      store(to + part * kPart, fused_multiply_add(parts[row][part], scale, load<FPart>(to + part * kPart)));
+    });
+  });
 }
 
 void linear8(const Linear8& problem, int64_t m_begin, int64_t m_end, int64_t begin, int64_t end) {
@@ -80,7 +121,11 @@ void linear8(const Linear8& problem, int64_t m_begin, int64_t m_end, int64_t beg
     __builtin_memset(total, 0, used);
     for (int64_t group = 0; group < groups; ++group) {
       const int64_t first = group * width, last = first + width < problem.k ? first + width : problem.k;
-      __builtin_memset(sums, 0, used);
+      Group8 part = {};
+      for (int r = 0; r < rows; ++r) {
+        const int64_t index = problem.group_size == 0 ? 0 : (row + r) * groups + group;
+        part.scale[r] = scale_value(problem.scale[index]);
+      }
       for (int64_t start = first; start < last; start += kColumns8) {
         const int64_t stop = start + kColumns8 < last ? start + kColumns8 : last;
         const int64_t padded = round_up(stop - start, kLanes);
@@ -88,24 +133,18 @@ void linear8(const Linear8& problem, int64_t m_begin, int64_t m_end, int64_t beg
           const uint8_t* codes = problem.codes + (row + (r < rows ? r : 0)) * row_bytes;
           for (int64_t column = start; column < stop; column += kLanes) {
             if (column + kLanes <= row_bytes) {
-              store(levels + r * kColumns8 + (column - start), decode_lanes8(codes + column));
+              decode_lanes8(codes + column, levels + r * kColumns8 + (column - start));
             } else {
               uint8_t bytes[kLanes] = {};
               __builtin_memcpy(bytes, codes + column, static_cast<size_t>(row_bytes - column));
-              store(levels + r * kColumns8 + (column - start), decode_lanes8(bytes));
+              decode_lanes8(bytes, levels + r * kColumns8 + (column - start));
             }
           }
         }
+        part.begins = start == first, part.ends = stop == last;
         for (int64_t m = m_begin; m < m_end; ++m) {
-          multiply8(levels, problem.x + m * problem.x_stride + start, padded, sums[m - m_begin]);
-        }
-      }
-      for (int r = 0; r < rows; ++r) {
-        const int64_t index = problem.group_size == 0 ? 0 : (row + r) * groups + group;
-        const F16 scale = splat(scale_value(problem.scale[index]));
-        for (int64_t m = m_begin; m < m_end; ++m) {
-          F16& to = total[m - m_begin][r];
-          to = fused_multiply_add(sums[m - m_begin][r], scale, to);
+          multiply8(levels, problem.x + m * problem.x_stride + start, padded, part, sums[m - m_begin],
+                    total[m - m_begin]);
         }
       }
     }

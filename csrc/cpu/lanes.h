@@ -199,5 +199,18 @@ inline F16 fused_multiply_add(F16 a, F16 b, F16 c) {
 #endif
 }
 
+#if !defined(__AVX512F__)
+inline FPart fused_multiply_add(FPart a, FPart b, FPart c) {
+#if defined(__FMA__)
+  return reinterpret_cast<FPart>(
+      _mm256_fmadd_ps(reinterpret_cast<__m256>(a), reinterpret_cast<__m256>(b), reinterpret_cast<__m256>(c)));
+#else
+  FPart result;
+  for (int i = 0; i < kPart; ++i) result[i] = __builtin_fmaf(a[i], b[i], c[i]);
+  return result;
+#endif
+}
+#endif
+
 }  // namespace
 }  // namespace olive

@@ -75,15 +75,18 @@ def check_activations(
     return int(input.shape[-1])
 
 
+def check_level_dtype(format: str, dtype: torch.dtype) -> None:
+    """Check that a type can hold the levels of a format."""
+    if dtype not in (torch.int8, *FLOATS):
+        raise TypeError(f"dtype: expected int8, float32, bfloat16 or float16, got {dtype}")
+    if dtype == torch.int8 and format == "ovp8":
+        raise TypeError("dtype: expected a float type for format 'ovp8', whose levels reach 32768, got int8")
+
+
 def check_levels(format: str, codebook: Tensor | None, dtype: torch.dtype) -> None:
     """Check that a type holds the levels of a format exactly; reads the codebook's values."""
-    if dtype != torch.int8:
-        if dtype not in FLOATS:
-            raise TypeError(f"dtype: expected int8, float32, bfloat16 or float16, got {dtype}")
-        return
-    if format == "ovp8":
-        raise TypeError("dtype: expected a float type for format 'ovp8', whose levels reach 32768, got int8")
-    if codebook is not None:
+    check_level_dtype(format, dtype)
+    if dtype == torch.int8 and codebook is not None:
         check_int8_levels("codebook", codebook)
 
 
@@ -181,6 +184,7 @@ def check_linear8(
 @torch.library.register_fake("olive::quantize_activations", lib=library)
 def _(input, format, group_size, pairing, codebook, static_scale, dtype):  # type: ignore[no-untyped-def]
     columns = check_activations(input, format, group_size, pairing, codebook, static_scale)
+    check_level_dtype(format, dtype)
     scale_size = (*input.shape[:-1], groups_per_row(columns, group_size))
     return input.new_empty(input.shape, dtype=dtype), input.new_empty(scale_size, dtype=torch.float32)
 

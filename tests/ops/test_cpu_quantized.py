@@ -253,3 +253,14 @@ def test_not_finite_eight_bit_weight_is_refused() -> None:
     for group_size in (0, 32):
         with pytest.raises(ValueError, match="weight: expected finite values"):
             cpu.ovp8_quantize_cpu(weight, group_size, "optimal", [1.0])
+
+
+def test_levels_that_no_int8_holds_are_refused() -> None:
+    x = torch.randn(2, 64)
+    for device in ("cpu", "meta"):
+        with pytest.raises(TypeError, match="dtype: expected a float type for format 'ovp8'"):
+            torch.ops.olive.quantize_activations(x.to(device), "ovp8", -1, "optimal", None, None, torch.int8)
+    with pytest.raises(
+        TypeError, match=r"dtype: expected int8, float32, bfloat16 or float16, got torch\.int32"
+    ):
+        torch.ops.olive.quantize_activations(x, "int8", -1, "optimal", None, None, torch.int32)
