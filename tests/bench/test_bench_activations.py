@@ -35,7 +35,7 @@ def test_pairs_keep_an_outlier_injected_model_and_plain_integers_break_it() -> N
     assert found["paper_w8a8()"] <= 1.02 * full
     assert found["W4A8, ovp8 static"] <= 1.02 * found["W4A16"]
     assert found["plain int8, W8A8 per tensor"] >= 1.2 * full
-    assert found["plain int4 weights, int8 activations, per tensor"] >= 2 * full
+    assert found["plain int4 weights, int8 activations, per tensor"] >= 1.4 * full
 
 
 def test_plain_settings_leave_the_given_model_alone() -> None:
