@@ -43,6 +43,7 @@ bench: install
 	$(BIN)/python -m bench.bench_ovp_decode
 	$(BIN)/python -m bench.bench_generate
 	$(BIN)/python -m bench.bench_quality
+	$(BIN)/python -m bench.bench_activations
 	$(BIN)/python -m bench.plots
 	$(BIN)/python -m bench.readme
 

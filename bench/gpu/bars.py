@@ -96,6 +96,7 @@ OTHERS = (
     bandwidth_bar(28672, 8192),
     bandwidth_bar(73728, 12288),
     Bar("generation, batch 1: times bfloat16", "generate", "speedup", 2.5, match={"m": 1}),
+    Bar("prompt of 4096 tokens, W4A8: times bfloat16", "prefill", "speedup", 1.3, backend="olive_w4a8"),
     Bar("ovp_encode: % of copy bandwidth", "ovp_encode", "of_copy", 60, factor=100),
     Bar(
         "default search, 7 B weights: seconds", "ovp_quantize", "mweights_s", 30, at_least=False,

@@ -1,8 +1,8 @@
 """Tokens per second of a whole model on a GPU, random weights, bfloat16 and quantized, greedy.
 
 A step of generation is one CUDA graph of the model's own kernels (no compiler), with a static cache; batch 1
-also without the graph. A prompt of 4096 tokens is timed on its own. Peak memory is that of the model and its
-generation.
+also without the graph. A prompt of 4096 tokens is timed on its own, with 16-bit and with int8 activations.
+Peak memory is that of the model and its generation.
 
     python -m bench.gpu.generate          # Llama 3 8B's shape, about a minute on an H200
     python -m bench.gpu.generate --tiny --device cpu
@@ -27,6 +27,7 @@ from bench.gpu.results import Results, output_file
 from bench.models import LLAMA_3_8B, TINY, random_llama
 from bench.timing import Clock, Timing, take_turns
 from olive import QuantConfig
+from olive.formats import ActivationFormat
 from olive.nn import OVPLinear
 
 BATCHES = (1, 8, 32)
@@ -127,6 +128,14 @@ class Section:
         note = f"olive.quantize of the model: {took:.1f} s"
         self.results.add("quantize_model", "olive", mweights_s=self._quantized(model) / took / 1e6, note=note)
 
+    def integer_prefill(self, model: Any) -> None:
+        """The same weights with int8 activations, one scale per token: W4A8."""
+        for module in model.modules():
+            if isinstance(module, OVPLinear):
+                module.activations = ActivationFormat("int8")
+                module.refresh_activations_()
+        self.prefill(model, "olive_w4a8")
+
     @staticmethod
     def _quantized(model: Any) -> int:
         layers = (module for module in model.modules() if isinstance(module, OVPLinear))
@@ -149,6 +158,7 @@ def main(
         section.model(model, "torch_bf16", batches)
         section.quantize(model)
         section.model(model, "olive", batches)
+        section.integer_prefill(model)
     raise typer.Exit(int(results.failed))
 
 

@@ -52,7 +52,7 @@ def gpu_generate_table(rows: list[Row]) -> str:
     ops = {"generate": "batch {}", "prefill": "prompt of {} tokens"}
     newest = _newest((row for row in rows if row["op"] in ops), "op", "m", "backend")
     order = sorted(newest, key=lambda key: (key[0], int(key[1]), key[2] == "olive"))
-    titles = {"torch_bf16": "bfloat16", "olive": "OliVe"}
+    titles = {"torch_bf16": "bfloat16", "olive": "OliVe", "olive_w4a8": "OliVe, W4A8"}
     lines = []
     for op, m, backend in order:
         row = newest[op, m, backend]

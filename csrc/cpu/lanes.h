@@ -179,29 +179,11 @@ inline void store_floats(void* data, int64_t index, Float type, F16 value) {
 #endif
 }
 
-inline F16 fused_multiply_add(F16 a, F16 b, F16 c) {
+inline FPart fused_multiply_add(FPart a, FPart b, FPart c) {
 #if defined(__AVX512F__)
-  return reinterpret_cast<F16>(
+  return reinterpret_cast<FPart>(
       _mm512_fmadd_ps(reinterpret_cast<__m512>(a), reinterpret_cast<__m512>(b), reinterpret_cast<__m512>(c)));
 #elif defined(__FMA__)
-  F16 result;
-  __m256 x[2], y[2], z[2];
-  __builtin_memcpy(x, &a, sizeof(a));
-  __builtin_memcpy(y, &b, sizeof(b));
-  __builtin_memcpy(z, &c, sizeof(c));
-  for (int i = 0; i < 2; ++i) z[i] = _mm256_fmadd_ps(x[i], y[i], z[i]);
-  __builtin_memcpy(&result, z, sizeof(result));
-  return result;
-#else
-  F16 result;
-  for (int i = 0; i < kLanes; ++i) result[i] = __builtin_fmaf(a[i], b[i], c[i]);
-  return result;
-#endif
-}
-
-#if !defined(__AVX512F__)
-inline FPart fused_multiply_add(FPart a, FPart b, FPart c) {
-#if defined(__FMA__)
   return reinterpret_cast<FPart>(
       _mm256_fmadd_ps(reinterpret_cast<__m256>(a), reinterpret_cast<__m256>(b), reinterpret_cast<__m256>(c)));
 #else
@@ -209,6 +191,16 @@ inline FPart fused_multiply_add(FPart a, FPart b, FPart c) {
   for (int i = 0; i < kPart; ++i) result[i] = __builtin_fmaf(a[i], b[i], c[i]);
   return result;
 #endif
+}
+
+#if !defined(__AVX512F__)
+inline F16 fused_multiply_add(F16 a, F16 b, F16 c) {
+  FPart x[kParts], y[kParts], z[kParts];
+  store(x, a);
+  store(y, b);
+  store(z, c);
+  for (int i = 0; i < kParts; ++i) z[i] = fused_multiply_add(x[i], y[i], z[i]);
+  return load<F16>(z);
 }
 #endif
 

@@ -23,6 +23,12 @@ ACTIVATION_CODEBOOKS = (*(name for name in CODEBOOK_NAMES if name != LEARNED), P
 DYNAMIC_PAIR_GRID = (0.35, 0.5, 0.7, 1.0, 1.4)
 DYNAMIC_PLAIN_GRID = (0.7, 0.85, 1.0)
 DYNAMIC_OVP8_GRID = (1.0, 2.0, 4.0, 8.0)
+# By format, as operators take them: multiples of the pair rule (8 bits have no other), of the plain rule.
+DYNAMIC_GRIDS: dict[str, tuple[list[float], list[float]]] = {
+    "int8": ([], []),
+    "ovp4": (list(DYNAMIC_PAIR_GRID), list(DYNAMIC_PLAIN_GRID)),
+    "ovp8": (list(DYNAMIC_OVP8_GRID), []),
+}
 
 # Sums of products of two int8 levels stay within an int32 up to this many: 127^2 x 133144 < 2^31.
 MAX_INT32_TERMS = (2**31 - 1) // 127**2

@@ -55,7 +55,8 @@ def check_activation_tensors(scale: Tensor, codebook: Tensor | None, name: str) 
     if tuple(scale.shape) != (1,):
         raise ValueError(f"{name}.activation_scale: expected shape (1,), got {tuple(scale.shape)}")
     value, plain = (part.item() for part in unpack_scale(scale))
-    if int(scale) and not (0 < value < float("inf") and not plain):
+    # Below the smallest normal number its reciprocal is infinite.
+    if int(scale) and not (2.0**-126 <= value < float("inf") and not plain):
         raise ValueError(
             f"{name}.activation_scale: expected a positive finite scale without rule bit, or 0, "
             f"got pattern {int(scale) & 0xFFFF:04X}"

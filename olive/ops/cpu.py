@@ -11,10 +11,10 @@ from torch import Tensor
 
 from olive.formats.layout import codes_shape, scale_shape
 from olive.ops import schemas
+from olive.ops.native import FLOAT_TYPES
 from olive.ops.packed import CPU_LAYOUT
 from olive.ops.schemas import library
 
-FLOAT_TYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 _LOG = logging.getLogger("olive")
 
 

@@ -5,14 +5,12 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from olive.formats.activations import DYNAMIC_OVP8_GRID, DYNAMIC_PAIR_GRID, DYNAMIC_PLAIN_GRID
+from olive.formats.activations import DYNAMIC_GRIDS
 from olive.formats.layout import codes_shape, groups_per_row, scale_shape
 from olive.ops import schemas_quantized as schemas
-from olive.ops.cpu import FLOAT_TYPES, cpu_kernels, has_cpu_kernels, ovp_pack_cpu
+from olive.ops.cpu import cpu_kernels, has_cpu_kernels, ovp_pack_cpu
+from olive.ops.native import ACTIVATION_FORMATS, FLOAT_TYPES, LEVEL_TYPES
 from olive.ops.schemas import library
-
-_FORMATS = {"int8": 0, "ovp4": 1, "ovp8": 2}
-_LEVEL_TYPES = {**FLOAT_TYPES, torch.int8: 3}
 
 
 def _address(tensor: Tensor | None) -> int:
@@ -25,13 +23,6 @@ def _bias_type(bias: Tensor | None) -> int:
 
 def _contiguous(tensor: Tensor | None) -> Tensor | None:
     return None if tensor is None else tensor.contiguous()
-
-
-def _grids(format: str) -> tuple[list[float], list[float]]:
-    """Multiples for dynamic scales: of the pair rule, of the plain rule."""
-    if format == "ovp8":
-        return list(DYNAMIC_OVP8_GRID), []
-    return list(DYNAMIC_PAIR_GRID), list(DYNAMIC_PLAIN_GRID)
 
 
 def quantize_activations_cpu(
@@ -56,14 +47,14 @@ def quantize_activations_cpu(
         FLOAT_TYPES[input.dtype],
         input.numel() // columns,
         columns,
-        _FORMATS[format],
+        ACTIVATION_FORMATS[format],
         group_size,
         pairing == "paper",
         _address(codebook),
         _address(static_scale),
-        *_grids(format),
+        *DYNAMIC_GRIDS[format],
         levels.data_ptr(),
-        _LEVEL_TYPES[dtype],
+        LEVEL_TYPES[dtype],
         scale.data_ptr(),
         isa,
     )
@@ -100,16 +91,13 @@ def ovp_linear_quantized_cpu(
         activation_codebook,
         static_scale,
     )
-    schemas.check_int8_levels("codebook", codebook)
-    if activation_codebook is not None:
-        schemas.check_int8_levels("activation_codebook", activation_codebook)
     if codes.dim() == 2:
         codes, scale = ovp_pack_cpu(codes, scale, columns, group_size)
     input, codes, scale, codebook = (tensor.contiguous() for tensor in (input, codes, scale, codebook))
     bias, activation_codebook = _contiguous(bias), _contiguous(activation_codebook)
     static_scale = _contiguous(static_scale)
     out = torch.empty((*input.shape[:-1], out_features), dtype=input.dtype, device="cpu")
-    cpu_kernels().linear_quantized(
+    arguments = (
         input.data_ptr(),
         FLOAT_TYPES[input.dtype],
         input.numel() // columns,
@@ -122,14 +110,21 @@ def ovp_linear_quantized_cpu(
         _address(bias),
         _bias_type(bias),
         out.data_ptr(),
-        _FORMATS[format],
+        ACTIVATION_FORMATS[format],
         activation_group_size,
         pairing == "paper",
         _address(activation_codebook),
         _address(static_scale),
-        *_grids(format),
+        *DYNAMIC_GRIDS[format],
         isa,
     )
+    try:
+        cpu_kernels().linear_quantized(*arguments)
+    except ValueError:  # it has looked at the codebooks already; say more than it can
+        schemas.check_int8_levels("codebook", codebook)
+        if activation_codebook is not None:
+            schemas.check_int8_levels("activation_codebook", activation_codebook)
+        raise
     return out
 
 

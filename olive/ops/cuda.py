@@ -15,9 +15,9 @@ from torch.nn.functional import linear, pad
 from olive.formats.layout import PER_TENSOR, codes_shape, scale_shape
 from olive.ops import schemas
 from olive.ops.gpu_dispatch import Gpu, Plan, choose_linear
+from olive.ops.native import FLOAT_TYPES
 from olive.ops.packed import CUDA_LAYOUT
 
-TYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 _ALIGNMENT = 16  # bytes of a load
 
 
@@ -109,7 +109,7 @@ def ovp_quantize_cuda(
     with on_device(weight.device):
         kernels().quantize(
             weight.data_ptr(),
-            TYPES[weight.dtype],
+            FLOAT_TYPES[weight.dtype],
             rows,
             columns,
             group_size,
@@ -139,7 +139,7 @@ def ovp_encode_cuda(weight: Tensor, scale: Tensor, codebook: Tensor, group_size:
     with on_device(weight.device):
         kernels().encode(
             weight.data_ptr(),
-            TYPES[weight.dtype],
+            FLOAT_TYPES[weight.dtype],
             rows,
             columns,
             group_size,
@@ -175,7 +175,7 @@ def _decode(
             group_size,
             codes.dim() == 3,
             out.data_ptr(),
-            TYPES[dtype],
+            FLOAT_TYPES[dtype],
             stream_of(codes.device),
         )
     return out
@@ -271,7 +271,7 @@ def ovp_linear_cuda(
     out = torch.empty((*input.shape[:-1], out_features), dtype=input.dtype, device=input.device)
     arguments = (
         x.data_ptr(),
-        TYPES[input.dtype],
+        FLOAT_TYPES[input.dtype],
         rows,
         out_features,
         int(x.shape[1]),
@@ -280,7 +280,7 @@ def ovp_linear_cuda(
         scale.data_ptr(),
         codebook.data_ptr(),
         0 if bias is None else bias.data_ptr(),
-        0 if bias is None else TYPES[bias.dtype],
+        0 if bias is None else FLOAT_TYPES[bias.dtype],
         out.data_ptr(),
     )
     with on_device(input.device):

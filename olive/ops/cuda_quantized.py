@@ -5,21 +5,15 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from olive.formats.activations import DYNAMIC_OVP8_GRID, DYNAMIC_PAIR_GRID, DYNAMIC_PLAIN_GRID
+from olive.formats.activations import DYNAMIC_GRIDS
 from olive.formats.layout import groups_per_row
 from olive.ops import cuda
 from olive.ops import schemas_quantized as schemas
-from olive.ops.cuda import TYPES, aligned
+from olive.ops.cuda import aligned
 from olive.ops.gpu_dispatch import Plan, choose_linear_quantized
+from olive.ops.native import ACTIVATION_FORMATS, FLOAT_TYPES, LEVEL_TYPES
 from olive.ops.packed import CUDA_LAYOUT
 
-_FORMATS = {"int8": 0, "ovp4": 1, "ovp8": 2}
-_LEVEL_TYPES = {**TYPES, torch.int8: 3}
-_GRIDS: dict[str, tuple[list[float], list[float]]] = {  # that a dynamic scale is searched with
-    "int8": ([], []),
-    "ovp4": (list(DYNAMIC_PAIR_GRID), list(DYNAMIC_PLAIN_GRID)),
-    "ovp8": (list(DYNAMIC_OVP8_GRID), []),
-}
 TILE_COLUMNS = 64  # levels for products are padded to whole tiles of the weight
 MOST_TOKENS = 256  # activation rows of a block: scales for products are padded to them
 
@@ -40,18 +34,18 @@ def _quantize(
     with cuda.on_device(x.device):
         cuda.kernels().quantize_activations(
             x.data_ptr(),
-            TYPES[x.dtype],
+            FLOAT_TYPES[x.dtype],
             x.shape[0],
             x.shape[1],
-            _FORMATS[format],
+            ACTIVATION_FORMATS[format],
             group_size,
             pairing == "paper",
             0 if codebook is None else codebook.data_ptr(),
             0 if static_scale is None else static_scale.data_ptr(),
-            *_GRIDS[format],
+            *DYNAMIC_GRIDS[format],
             for_products,
             levels.data_ptr(),
-            _LEVEL_TYPES[levels.dtype],
+            LEVEL_TYPES[levels.dtype],
             scale.data_ptr(),
             scale.shape[1],
             cuda.stream_of(x.device),
@@ -175,9 +169,9 @@ def ovp_linear_quantized_cuda(
         scale.data_ptr(),
         codebook.data_ptr(),
         0 if bias is None else bias.data_ptr(),
-        0 if bias is None else TYPES[bias.dtype],
+        0 if bias is None else FLOAT_TYPES[bias.dtype],
         out.data_ptr(),
-        TYPES[input.dtype],
+        FLOAT_TYPES[input.dtype],
     )
     with cuda.on_device(input.device):
         stream = cuda.stream_of(input.device)

@@ -9,12 +9,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from olive.formats.activations import (
-    DYNAMIC_OVP8_GRID,
-    DYNAMIC_PAIR_GRID,
-    DYNAMIC_PLAIN_GRID,
-    integer_block,
-)
+from olive.formats.activations import DYNAMIC_GRIDS, integer_block
 from olive.formats.codebooks import Codebook
 from olive.formats.layout import PER_TENSOR, expand_scale, groups_per_row, pad_columns
 from olive.formats.ovp4 import Pairing, ovp4_decode_levels, ovp4_encode
@@ -37,10 +32,9 @@ def quantize_activations_reference(
 ) -> tuple[Tensor, Tensor]:
     """Turn activations into levels and scales: input ~ levels x scale.
 
-    Dynamic scales: "int8" takes max|x| / 127; "ovp4" and "ovp8" try `DYNAMIC_PAIR_GRID`,
-    `DYNAMIC_PLAIN_GRID` and `DYNAMIC_OVP8_GRID` as `ovp_quantize` and `ovp8_quantize` do with weights, whose
-    rows tokens are here. Groups below 2^-60 become zeros with scale 1. A group with NaN or Inf gets levels 0
-    and scale NaN; with a static scale, a row.
+    Dynamic scales: "int8" takes max|x| / 127; "ovp4" and "ovp8" try `DYNAMIC_GRIDS` as `ovp_quantize` and
+    `ovp8_quantize` do with weights, whose rows tokens are here. Groups below 2^-60 become zeros with scale 1.
+    A group with NaN or Inf gets levels 0 and scale NaN; with a static scale, a row.
 
     Args:
         input: float32, bfloat16 or float16 [..., K].
@@ -96,8 +90,7 @@ def _ovp4(
     if rows == 0:
         return x, x.new_empty(0, groups_per_row(columns, group_size))
     if static_scale is None:
-        grids = (list(DYNAMIC_PAIR_GRID), list(DYNAMIC_PLAIN_GRID))
-        codes, stored = ovp_quantize_reference(x, codebook, group_size, pairing, *grids, None)
+        codes, stored = ovp_quantize_reference(x, codebook, group_size, pairing, *DYNAMIC_GRIDS["ovp4"], None)
     else:
         stored = static_scale[None]
         codes = ovp4_encode(x, stored, book, group_size, pairing)
@@ -111,7 +104,7 @@ def _ovp8(x: Tensor, group_size: int, pairing: Pairing, static_scale: Tensor | N
     if rows == 0:
         return x, x.new_empty(0, groups_per_row(columns, group_size))
     if static_scale is None:
-        codes, stored = ovp8_quantize_reference(x, group_size, pairing, list(DYNAMIC_OVP8_GRID))
+        codes, stored = ovp8_quantize_reference(x, group_size, pairing, DYNAMIC_GRIDS["ovp8"][0])
     else:
         stored = static_scale[None]
         codes = ovp8_encode(x, stored, group_size, pairing)

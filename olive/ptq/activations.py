@@ -19,7 +19,7 @@ from olive.formats import (
     pack_scale,
     unpack_scale,
 )
-from olive.formats.activations import DYNAMIC_PAIR_GRID, DYNAMIC_PLAIN_GRID
+from olive.formats.activations import DYNAMIC_GRIDS
 from olive.formats.layout import expand_scale, pad_columns
 from olive.formats.scales import TINY
 from olive.nn import ActivationFigures
@@ -120,7 +120,7 @@ def _outlier_share(
         return float(past.any(-1).double().mean())
     stored = None if scale is None else scale[None]
     if stored is None:
-        grids = (list(DYNAMIC_PAIR_GRID), list(DYNAMIC_PLAIN_GRID))
+        grids = DYNAMIC_GRIDS["ovp4"]
         codes, stored = ops.ovp_quantize(rows, codebook, format.group_size, format.pairing, *grids, None)
     else:
         codes = ops.ovp_encode(rows, stored, codebook, format.group_size, format.pairing)
