@@ -20,7 +20,7 @@ from olive.ptq import quantize_weight, quantize_weight8
 from olive.ptq.activations import activation_figures, static_scale
 from olive.ptq.batches import check_batches, run_batches
 from olive.ptq.calibration import InputCollector, InputSample
-from olive.ptq.noise import decibels, energies
+from olive.ptq.noise import column_energies, decibels, energies
 from olive.walk import Inventory, attach_config, attached_config, check_skip, exchange, walk
 
 
@@ -175,7 +175,7 @@ def quantize(
                 weight.set_(stored.codes, stored.scale, stored.codebook)
                 weight.sqnr_db = stored.sqnr_db
                 if name in samples:
-                    _set_activations(weight, samples.pop(name))
+                    _set_activations(weight, samples.pop(name), parameters[name])
                 weight.pack_()
             replacements[target.module] = new
     if calibration is not None:
@@ -214,12 +214,16 @@ def _calibrate(
     return collector.samples()
 
 
-def _set_activations(weight: OVPWeight, sample: InputSample) -> None:
+def _set_activations(weight: OVPWeight, sample: InputSample, parameter: Tensor) -> None:
     """Give a weight the static scale of its input, if it wants one, and the figures of the sample."""
     format, codebook, scale = weight.activations, weight.activation_codebook, None
     assert format is not None
     if format.is_static:
-        scale, codebook = static_scale(sample, format, weight.codes.device)
+        energy = None
+        if format.pairing != "paper":
+            float_weight = parameter.detach()
+            energy = column_energies(float_weight.transpose(-1, -2) if weight.transposed else float_weight)
+        scale, codebook = static_scale(sample, format, energy, weight.codes.device)
         weight.set_activations_(scale, codebook)
     weight.activation_figures = activation_figures(sample, format, codebook, scale)
 

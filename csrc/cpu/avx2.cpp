@@ -48,22 +48,27 @@ struct Decoder {
     *odd = _mm256_blendv_epi8(*odd, _mm256_shuffle_epi8(plain, high), plain_rows);
   }
 
+  // Levels of 4 columns of 8 rows to two steps of words; the other 8 rows of a step lie 16 words on.
   static void widen(__m256i levels, int16_t* to) {
+    const __m256i halves = _mm256_broadcastsi128_si256(  // columns 0 1 of four rows, then 2 3
+        _mm_setr_epi8(0, 1, 4, 5, 8, 9, 12, 13, 2, 3, 6, 7, 10, 11, 14, 15));
+    levels = _mm256_permute4x64_epi64(_mm256_shuffle_epi8(levels, halves), 0xD8);
     store(to, _mm256_cvtepi8_epi16(_mm256_castsi256_si128(levels)));
-    store(to + 16, _mm256_cvtepi8_epi16(_mm256_extracti128_si256(levels, 1)));
+    store(to + 2 * kPackRows, _mm256_cvtepi8_epi16(_mm256_extracti128_si256(levels, 1)));
   }
 
   // To 16-bit levels; false = the codebook has levels that are no int8.
   bool decode(const uint8_t* codes, const int16_t* stored, int block, int16_t* words) const {
     if (!is_int8) return false;
     const PlainRows rows(stored);
-    for (int half = 0; half < 2; ++half) {
-      for (int vector = 0; vector < block / kPackColumns; ++vector) {
+    for (int vector = 0; vector < block / kPackColumns; ++vector) {
+      repeat<2>(OLIVE_EACH(half) {
         __m256i even, odd;
         (*this)(load<__m256i>(codes + vector * kVectorBytes + 32 * half), rows.half[half], &even, &odd);
-        widen(even, words + vector * 2 * kVectorBytes + 32 * half);
-        widen(odd, words + (vector * 2 + 1) * kVectorBytes + 32 * half);
-      }
+        int16_t* to = words + vector * 2 * kVectorBytes + kPackRows * half;
+        widen(even, to);
+        widen(odd, to + kVectorBytes);
+      });
     }
     return true;
   }
@@ -78,34 +83,33 @@ struct Decoder {
   };
 };
 
-constexpr int kWordRows = 3;  // 12 sums in 16 registers; weights are operands in memory
+constexpr int kWordRows = 6;  // 12 sums, 2 vectors of weights, a broadcast and a product: all 16 registers
 
-// Four vectors of 4 rows x 4 columns per step; each 32-bit lane sums two columns.
+// Two vectors of 8 rows x 2 columns per step.
 template <int kRows>
 inline void multiply_words(const int16_t* words, const int16_t* x, int block, I16* sums) {
-  __m256i lanes[kRows][4];
-  repeat<kRows>(OLIVE_EACH(m) { lanes[m][0] = lanes[m][1] = lanes[m][2] = lanes[m][3] = _mm256_setzero_si256(); });
-  for (int step = 0; step < block / 4; ++step) {
-    __m256i four[kRows];
-    repeat<kRows>(OLIVE_EACH(m) { four[m] = _mm256_set1_epi64x(load<int64_t>(x + m * block + 4 * step)); });
-    repeat<4>(OLIVE_EACH(i) {
-      const __m256i w = load<__m256i>(words + step * kVectorBytes + 16 * i);
-      repeat<kRows>(OLIVE_EACH(m) { lanes[m][i] = _mm256_add_epi32(lanes[m][i], _mm256_madd_epi16(w, four[m])); });
+  __m256i first[kRows], second[kRows];
+  repeat<kRows>(OLIVE_EACH(m) { first[m] = second[m] = _mm256_setzero_si256(); });
+  for (int step = 0; step < block / 2; ++step) {
+    const __m256i low = load<__m256i>(words + step * 2 * kPackRows);
+    const __m256i high = load<__m256i>(words + step * 2 * kPackRows + kPackRows);
+    repeat<kRows>(OLIVE_EACH(m) {
+      const __m256i two = _mm256_set1_epi32(load<int32_t>(x + m * block + 2 * step));
+      first[m] = _mm256_add_epi32(first[m], _mm256_madd_epi16(low, two));
+      second[m] = _mm256_add_epi32(second[m], _mm256_madd_epi16(high, two));
     });
   }
   repeat<kRows>(OLIVE_EACH(m) {
-    const auto fold = [](__m256i a, __m256i b) {  // sums of neighbours: rows 0 1 4 5 2 3 6 7 to 0 .. 7
-      return _mm256_permute4x64_epi64(_mm256_hadd_epi32(a, b), 0xD8);
-    };
-    const __m256i halves[2] = {fold(lanes[m][0], lanes[m][1]), fold(lanes[m][2], lanes[m][3])};
-    __builtin_memcpy(&sums[m], halves, sizeof(halves));
+    store(&sums[m], first[m]);
+    store(reinterpret_cast<__m256i*>(&sums[m]) + 1, second[m]);
   });
 }
 
 #include "cpu/linear_words.inl"
 
-constexpr int kByteRows = 4;     // beyond, decoding to words once for all rows wins
-constexpr int kPrefetch = 2048;  // bytes ahead of the stream of codes: the hardware prefetcher stops at page borders
+constexpr int kByteRows = 8;  // beyond, decoding to words once for all rows wins
+// Ask for codes that lie 2 KiB ahead in the stream: the hardware prefetcher stops at page borders.
+inline void prefetch(const uint8_t* codes) { _mm_prefetch(reinterpret_cast<const char*>(codes + 2048), _MM_HINT_T0); }
 
 // sum += four products of signed bytes per lane. vpmaddubsw takes an unsigned factor: |w| times x with w's sign. Two
 // products of levels up to 127 are at most 32258, so nothing saturates.
@@ -130,7 +134,7 @@ inline void few_rows(const Linear& problem, int64_t m_begin, int64_t begin, int6
       __m256i sums[kRows][2];
       repeat<kRows>(OLIVE_EACH(m) { sums[m][0] = sums[m][1] = _mm256_setzero_si256(); });
       for (int column = 0; column < x.block; column += kPackColumns, codes += kVectorBytes) {
-        _mm_prefetch(reinterpret_cast<const char*>(codes + kPrefetch), _MM_HINT_T0);
+        prefetch(codes);
         repeat<2>(OLIVE_EACH(half) {
           __m256i even, odd;
           decoder(load<__m256i>(codes + 32 * half), plain.half[half], &even, &odd);
@@ -143,9 +147,9 @@ inline void few_rows(const Linear& problem, int64_t m_begin, int64_t begin, int6
       }
       const F16 scale_w = block_scale_values(stored);
       repeat<kRows>(OLIVE_EACH(m) {
-        I16 sum;
-        __builtin_memcpy(&sum, sums[m], sizeof(sum));
-        total[m] = accumulate(x, total[m], sum, I16{}, x.scale[x.index(m_begin + m, block)], scale_w);
+        I16 sum;  // copied half by half, or gcc keeps the sums in memory throughout
+        repeat<2>(OLIVE_EACH(half) { store(reinterpret_cast<__m256i*>(&sum) + half, sums[m][half]); });
+        accumulate_parts(x, &total[m], &sum, nullptr, x.scale[x.index(m_begin + m, block)], &scale_w);
       });
     }
     repeat<kRows>(OLIVE_EACH(m) { store_outputs(problem, m_begin + m, row_block, total[m]); });

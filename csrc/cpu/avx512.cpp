@@ -27,9 +27,14 @@ struct Decoder {
 
   explicit Decoder(const Codebook& book) : levels(book, 0), is_int8(book.is_int8) {}
 
-  static void widen(__m512i bytes, int16_t* to) {
-    store(to, _mm512_cvtepi8_epi16(_mm512_castsi512_si256(bytes)));
-    store(to + 32, _mm512_cvtepi8_epi16(_mm512_extracti64x4_epi64(bytes, 1)));
+  // Levels of 4 columns of 16 rows to two steps of words.
+  static void widen(__m512i levels, int16_t* to) {
+    const __m512i halves = _mm512_broadcast_i32x4(  // columns 0 1 of four rows, then 2 3
+        _mm_setr_epi8(0, 1, 4, 5, 8, 9, 12, 13, 2, 3, 6, 7, 10, 11, 14, 15));
+    const __m512i order = _mm512_setr_epi64(0, 2, 4, 6, 1, 3, 5, 7);
+    levels = _mm512_permutexvar_epi64(order, _mm512_shuffle_epi8(levels, halves));
+    store(to, _mm512_cvtepi8_epi16(_mm512_castsi512_si256(levels)));
+    store(to + 2 * kPackRows, _mm512_cvtepi8_epi16(_mm512_extracti64x4_epi64(levels, 1)));
   }
 
   // To 16-bit levels; false = the codebook has levels that are no int8.
@@ -46,27 +51,21 @@ struct Decoder {
   }
 };
 
-constexpr int kWordRows = 6;  // 12 sums, 6 broadcasts and 2 vectors of weights in 32 registers
+constexpr int kWordRows = 12;  // as many sums; the load ports keep up with a broadcast per product
 
-// Two vectors of 8 rows x 4 columns per step; each 32-bit lane sums two columns.
+// One vector of 16 rows x 2 columns per step.
 template <int kRows>
 inline void multiply_words(const int16_t* words, const int16_t* x, int block, I16* sums) {
-  __m512i lanes[kRows][2];
-  repeat<kRows>(OLIVE_EACH(m) { lanes[m][0] = lanes[m][1] = _mm512_setzero_si512(); });
-  for (int step = 0; step < block / 4; ++step) {
-    const __m512i low = load<__m512i>(words + step * kVectorBytes);
-    const __m512i high = load<__m512i>(words + step * kVectorBytes + 32);
+  __m512i lanes[kRows];
+  repeat<kRows>(OLIVE_EACH(m) { lanes[m] = _mm512_setzero_si512(); });
+  for (int step = 0; step < block / 2; ++step) {
+    const __m512i w = load<__m512i>(words + step * 2 * kPackRows);
     repeat<kRows>(OLIVE_EACH(m) {
-      const __m512i four = _mm512_set1_epi64(load<int64_t>(x + m * block + 4 * step));
-      lanes[m][0] = _mm512_add_epi32(lanes[m][0], _mm512_madd_epi16(low, four));
-      lanes[m][1] = _mm512_add_epi32(lanes[m][1], _mm512_madd_epi16(high, four));
+      const __m512i two = _mm512_set1_epi32(load<int32_t>(x + m * block + 2 * step));
+      lanes[m] = _mm512_add_epi32(lanes[m], _mm512_madd_epi16(w, two));
     });
   }
-  repeat<kRows>(OLIVE_EACH(m) {
-    const I16 low = reinterpret_cast<I16>(lanes[m][0]), high = reinterpret_cast<I16>(lanes[m][1]);
-    sums[m] = __builtin_shuffle(low, high, I16{0, 2, 4, 6, 8, 10, 12, 14, 16, 18, 20, 22, 24, 26, 28, 30}) +
-              __builtin_shuffle(low, high, I16{1, 3, 5, 7, 9, 11, 13, 15, 17, 19, 21, 23, 25, 27, 29, 31});
-  });
+  repeat<kRows>(OLIVE_EACH(m) { store(&sums[m], lanes[m]); });
 }
 
 #include "cpu/linear_words.inl"

@@ -18,11 +18,26 @@ inline I16 block_plain_mask(const int16_t* stored) {  // -1 where the row's grou
   return -(__builtin_convertvector(load<S16>(stored), I16) & 1);
 }
 
-inline F16 accumulate(const Activations& x, F16 total, I16 s15, I16 rest, float scale_x, F16 scale_w) {
+template <class F, class I>
+inline F accumulate(const Activations& x, F total, I s15, I rest, float scale_x, F scale_w) {
   if (x.one_sum) return as_float(as_int(total) + s15);
-  F16 sum = __builtin_convertvector(s15, F16);
-  if (x.digits == 3) sum = fused_multiply_add(sum, splat(256.0f), __builtin_convertvector(rest, F16));
+  F sum = __builtin_convertvector(s15, F);
+  if (x.digits == 3) sum = fused_multiply_add(sum, F{} + 256.0f, __builtin_convertvector(rest, F));
   return fused_multiply_add(sum, scale_w * scale_x, total);
+}
+
+// The same in registers where sixteen lanes are two; `rest` is read with 3 digits only.
+inline void accumulate_parts(const Activations& x, F16* total, const I16* s15, const I16* rest, float scale_x,
+                             const F16* scale_w) {
+  repeat<kParts>(OLIVE_EACH(part) {
+    float* to = reinterpret_cast<float*>(total) + part * kPart;
+    const auto ints = [&](const I16* from) {
+      return load<IPart>(reinterpret_cast<const int32_t*>(from) + part * kPart);
+    };
+    const FPart scale = load<FPart>(reinterpret_cast<const float*>(scale_w) + part * kPart);
+    const IPart low = x.digits == 3 ? ints(rest) : IPart{};
+    store(to, accumulate(x, load<FPart>(to), ints(s15), low, scale_x, scale));
+  });
 }
 
 // Apply what is left of the scales, add the bias, round once, store the rows of the weight that exist.

@@ -4,19 +4,22 @@
 // (or says that it cannot), kWordRows, and multiply_words<kRows>, which gives the 16 sums of a block with each of kRows
 // activation rows that lie one after another.
 
-// Decode one packed block to 16-bit levels [block / 4 steps][16 rows][4]: step 2 i holds the even columns of vector i,
-// step 2 i + 1 the odd ones.
+constexpr int kStepWords = 2 * kPackRows;  // two columns of a row block
+
+// Decode one packed block to 16-bit levels [block / 2 steps][16 rows][2]: an output per 32-bit lane. The four steps of
+// a vector are its columns 0 2, 4 6, 1 3 and 5 7.
 inline void decode_block_words(const uint8_t* codes, const int16_t* stored, int block, const PairTable& table,
                                int16_t* words) {
   for (int vector = 0; vector < block / kPackColumns; ++vector) {
-    int16_t* even = words + vector * 2 * kVectorBytes;
-    int16_t* odd = even + kVectorBytes;
+    int16_t* even = words + vector * 4 * kStepWords;
+    int16_t* odd = even + 2 * kStepWords;
     const uint8_t* bytes = codes + vector * kVectorBytes;
     for (int row = 0; row < kPackRows; ++row) {
       const int16_t (*levels)[2] = table.levels[scale_is_plain(stored[row]) ? 1 : 0];
-      for (int j = 4 * row; j < 4 * row + 4; ++j) {
-        even[j] = levels[bytes[j]][0];
-        odd[j] = levels[bytes[j]][1];
+      for (int j = 0; j < 4; ++j) {
+        const int at = (j / 2) * kStepWords + 2 * row + j % 2;
+        even[at] = levels[bytes[4 * row + j]][0];
+        odd[at] = levels[bytes[4 * row + j]][1];
       }
     }
   }
@@ -48,12 +51,12 @@ void linear_words(const Linear& problem, int64_t m_begin, int64_t m_end, int64_t
       if (!decoder.decode(codes, stored, x.block, words)) decode_block_words(codes, stored, x.block, table, words);
       for (int64_t m = m_begin; m < m_end; m += kWordRows) {
         const int rows = m_end - m < kWordRows ? static_cast<int>(m_end - m) : kWordRows;
-        I16 s15[kWordRows], rest[kWordRows] = {};
+        I16 s15[kWordRows], rest[kWordRows];
         multiply_some<kWordRows>(words, x.words + x.at(m, block), x.block, rows, s15);
         if (x.digits == 3) multiply_some<kWordRows>(words, x.rest + x.at(m, block), x.block, rows, rest);
         for (int i = 0; i < rows; ++i) {
-          F16& sum = total[m - m_begin + i];
-          sum = accumulate(x, sum, s15[i], rest[i], x.scale[x.index(m + i, block)], scale_w);
+          const float scale_x = x.scale[x.index(m + i, block)];
+          accumulate_parts(x, &total[m - m_begin + i], &s15[i], &rest[i], scale_x, &scale_w);
         }
       }
     }

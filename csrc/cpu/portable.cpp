@@ -30,12 +30,10 @@ template <int kRows>
 inline void multiply_words(const int16_t* words, const int16_t* x, int block, I16* sums) {
   static_assert(kRows == 1, "see kWordRows");
   *sums = I16{};
-  for (int step = 0; step < block / 4; ++step) {
+  for (int step = 0; step < block / 2; ++step) {
     for (int row = 0; row < kPackRows; ++row) {
-      const int16_t* w = words + (step * kPackRows + row) * 4;
-      int32_t sum = 0;
-      for (int j = 0; j < 4; ++j) sum += static_cast<int32_t>(w[j]) * x[4 * step + j];
-      (*sums)[row] += sum;
+      const int16_t* w = words + (step * kPackRows + row) * 2;
+      (*sums)[row] += static_cast<int32_t>(w[0]) * x[2 * step] + static_cast<int32_t>(w[1]) * x[2 * step + 1];
     }
   }
 }

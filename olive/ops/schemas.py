@@ -44,7 +44,7 @@ def check_tensor(name: str, tensor: Tensor, dtype: torch.dtype, shape: tuple[int
     """Check type and shape."""
     if tensor.dtype != dtype:
         raise TypeError(f"{name}: expected {dtype}, got {tensor.dtype}")
-    if tuple(tensor.shape) != shape:
+    if tensor.shape != shape:  # a torch.Size is a tuple
         raise ValueError(f"{name}: expected shape {shape}, got {tuple(tensor.shape)}")
 
 
@@ -56,10 +56,16 @@ def check_float(name: str, tensor: Tensor) -> None:
 
 def check_device(**tensors: Tensor | None) -> None:
     """Check that all tensors are on one device."""
-    devices = {name: tensor.device for name, tensor in tensors.items() if tensor is not None}
-    if len(set(devices.values())) > 1:
-        found = ", ".join(f"{name} on {device}" for name, device in devices.items())
-        raise ValueError(f"{next(iter(devices))}: expected every tensor on one device, got {found}")
+    first: torch.device | None = None
+    for tensor in tensors.values():
+        if tensor is None:
+            continue
+        if first is None:
+            first = tensor.device
+        elif tensor.device != first:
+            present = {name: one for name, one in tensors.items() if one is not None}
+            found = ", ".join(f"{name} on {one.device}" for name, one in present.items())
+            raise ValueError(f"{next(iter(present))}: expected every tensor on one device, got {found}")
 
 
 def check_weight(weight: Tensor) -> tuple[int, int]:

@@ -24,7 +24,7 @@ from olive.formats.layout import expand_scale, pad_columns
 from olive.formats.scales import TINY
 from olive.nn import ActivationFigures
 from olive.ptq.calibration import InputSample
-from olive.ptq.noise import decibels, energies
+from olive.ptq.noise import decibels
 from olive.ptq.search import search_grids, search_grids8
 
 _INT8_LARGEST = 127
@@ -38,38 +38,72 @@ class StaticScale(NamedTuple):
     codebook: Tensor | None  # int8 [32] of "ovp4"
 
 
-def static_scale(sample: InputSample, format: ActivationFormat, device: torch.device) -> StaticScale:
-    """The scale of a whole input: the least squared error on the sample, found as a weight's scale is.
+def static_scale(
+    sample: InputSample, format: ActivationFormat, weight_energy: Tensor | None, device: torch.device
+) -> StaticScale:
+    """The scale of a whole input: the one that costs the layer's output least, by the sample.
 
-    "int8" takes max |x| / 127 of everything that was seen. Static scales follow the pair rule: plain levels
-    are not tried.
+    The mean squared error of an output is the sum over the columns of the input's error times the energy of
+    the weight there, as long as errors of different columns are independent. A channel of huge values that
+    meets small weights, as a norm's largest channels do, so decides no more than its share. Candidates are
+    multiples of 3 sigma (weighed alike), as a weight's scale is searched. "int8" takes max |x| / 127 of
+    everything that was seen. Static scales follow the pair rule: plain levels are not tried.
 
     Args:
         sample: of the layer's input.
         format: static; codebook "paper" takes int4 or flint4, whichever loses less.
+        weight_energy: float32 [K], sum of squares of each column of the layer's weight; None: all columns
+            count alike, which is the paper's mean squared error.
         device: where to search and to put the result.
     """
     assert sample.rows is not None
-    rows = sample.rows.to(device)
     if format.name == "int8":
-        largest = torch.tensor([sample.largest], dtype=torch.float32, device=device)
-        scale = torch.where(largest < TINY, 1.0, largest / _INT8_LARGEST)
-        return StaticScale(pack_scale(scale, torch.zeros(1, dtype=torch.bool, device=device)), None)
-    method = "paper" if format.pairing == "paper" else "search"
+        largest = torch.tensor(sample.largest, dtype=torch.float32, device=device)
+        return StaticScale(_stored(torch.where(largest < TINY, 1.0, largest / _INT8_LARGEST)), None)
+    rows = sample.rows.to(device).float()
+    energy = torch.ones(rows.shape[1], device=device) if weight_energy is None else weight_energy.to(device)
+    if not bool(energy.any()):  # a weight of zeros: nothing can be lost
+        energy = torch.ones_like(energy)
     if format.name == "ovp8":
-        grids = search_grids8(method)
-        _, stored = ops.ovp8_quantize(rows, PER_TENSOR, grids.pairing, grids.pair)
-        return StaticScale(stored.reshape(1), None)
+        return _searched(rows, energy, format, None)[1]
+    names = PAPER_CODEBOOKS if format.codebook == PAPER else (format.codebook,)
+    found = [_searched(rows, energy, format, name) for name in names]
+    return min(found, key=lambda one: one[0])[1]
+
+
+def _searched(
+    rows: Tensor, energy: Tensor, format: ActivationFormat, codebook: str | None
+) -> tuple[float, StaticScale]:
+    """The least weighed squared error, and what has it; no codebook means 8 bits."""
+    method = "paper" if format.pairing == "paper" else "search"
+    table, normal, grids = None, _INT8_LARGEST, search_grids8(method)
+    if codebook is not None:
+        book = get_codebook(codebook)
+        table, normal = book.tensor().to(rows.device), book.normal[7]
+        grids = search_grids(method, codebook, PER_TENSOR)
+    largest = rows.abs().max()
+    if float(largest) < TINY:
+        return 0.0, StaticScale(_stored(torch.ones_like(largest)), table)
+    share = energy.double() / energy.double().sum()
+    three_sigma = 3 * (rows.double().square().mean(0) @ share).sqrt().float()
     best: tuple[float, StaticScale] | None = None
-    for name in PAPER_CODEBOOKS if format.codebook == PAPER else (format.codebook,):
-        table = get_codebook(name).tensor().to(device)
-        grids = search_grids(method, name, PER_TENSOR)
-        codes, stored = ops.ovp_quantize(rows, table, PER_TENSOR, grids.pairing, grids.pair, [], None)
-        noise = energies(rows, codes, stored, table, PER_TENSOR)[1]
+    for multiple in grids.pair:
+        # Four bits need no bound: their grid ends before the largest value would be a normal.
+        base = torch.minimum(largest, three_sigma) * multiple
+        scale = _stored((base if codebook is not None else torch.minimum(largest, base)) / normal)
+        levels, step = ops.quantize_activations(
+            rows, format.name, PER_TENSOR, format.pairing, table, scale, torch.float32
+        )
+        noise = float((rows - levels * step).square().sum(0).double() @ share)
         if best is None or noise < best[0]:
-            best = noise, StaticScale(stored.reshape(1), table)
+            best = noise, StaticScale(scale, table)
     assert best is not None
-    return best[1]
+    return best
+
+
+def _stored(scale: Tensor) -> Tensor:
+    """One scale under the pair rule, int16 [1]."""
+    return pack_scale(scale.reshape(1), torch.zeros(1, dtype=torch.bool, device=scale.device))
 
 
 def activation_figures(

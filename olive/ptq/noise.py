@@ -51,6 +51,11 @@ def _energy(values: Tensor) -> float:
     return energy
 
 
+def column_energies(weight: Tensor) -> Tensor:
+    """Sums of squares of the columns of a weight [..., N, K], stacks added up: float32 [K]."""
+    return weight.float().square().flatten(0, -2).sum(0)
+
+
 def decibels(signal: float, noise: float) -> float:
     """Signal-to-quantization-noise ratio; inf without noise."""
     if noise == 0:

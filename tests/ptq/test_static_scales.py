@@ -14,9 +14,10 @@ from olive import ops
 from olive.config import QuantConfig
 from olive.formats import ActivationFormat, get_codebook, ovp8_decode, ovp8_validate, pack_scale, unpack_scale
 from olive.ptq import OVP8_GRID, PAPER_GRID, quantize_weight, quantize_weight8
-from olive.ptq.activations import activation_figures, static_scale
+from olive.ptq.activations import StaticScale, activation_figures, static_scale
 from olive.ptq.calibration import SAMPLE_ROWS, InputCollector, InputSample
 from olive.ptq.grids import WIDE_PAIR_GRID
+from olive.ptq.noise import column_energies
 
 CPU = torch.device("cpu")
 
@@ -97,7 +98,7 @@ def test_bits_have_a_function_each() -> None:
 def test_int8_takes_the_largest_of_everything_seen() -> None:
     sample = _sample(torch.randn(10, 32))
     sample = InputSample(sample.rows, sample.keys, sample.seen, 12.7)
-    found = static_scale(sample, ActivationFormat("int8", 0), CPU)
+    found = static_scale(sample, ActivationFormat("int8", 0), None, CPU)
     assert found.codebook is None
     assert torch.equal(found.scale, pack_scale(torch.tensor([12.7 / 127]), torch.tensor([False])))
 
@@ -107,7 +108,7 @@ def test_int8_takes_the_largest_of_everything_seen() -> None:
 def test_ovp4_is_searched_like_a_weight_under_the_pair_rule(codebook: str, pairing: str) -> None:
     rows, table = _student(4, 40, 64), get_codebook(codebook).tensor()
     grid = list(PAPER_GRID if pairing == "paper" else WIDE_PAIR_GRID)
-    found = static_scale(_sample(rows), ActivationFormat("ovp4", 0, codebook, pairing), CPU)  # type: ignore[arg-type]
+    found = static_scale(_sample(rows), ActivationFormat("ovp4", 0, codebook, pairing), None, CPU)  # type: ignore[arg-type]
     _, expected = ops.ovp_quantize(rows, table, 0, pairing, grid, [], None)
     assert torch.equal(found.scale, expected[0]) and not bool(unpack_scale(found.scale)[1])
     assert found.codebook is not None and torch.equal(found.codebook, table)
@@ -117,8 +118,38 @@ def test_ovp4_is_searched_like_a_weight_under_the_pair_rule(codebook: str, pairi
 def test_ovp8_is_searched_like_a_weight(pairing: str) -> None:
     rows = _student(4, 40, 64)
     grid = list(PAPER_GRID if pairing == "paper" else OVP8_GRID)
-    found = static_scale(_sample(rows), ActivationFormat("ovp8", 0, pairing=pairing), CPU)  # type: ignore[arg-type]
+    found = static_scale(_sample(rows), ActivationFormat("ovp8", 0, pairing=pairing), None, CPU)  # type: ignore[arg-type]
     assert torch.equal(found.scale, ops.ovp8_quantize(rows, 0, pairing, grid)[1][0])
+
+
+@pytest.mark.parametrize("name", ["ovp4", "ovp8"])
+def test_columns_that_meet_small_weights_count_less(name: str) -> None:
+    # 50-fold values in columns whose weights are 50 times smaller: to the output, channels like any other.
+    generator = torch.Generator().manual_seed(5)
+    rows, weight = torch.randn(64, 128, generator=generator), torch.randn(32, 128, generator=generator)
+    rows[:, ::8] *= 50
+    weight[:, ::8] /= 50
+    format = ActivationFormat(name, 0)
+    weighed, even = (
+        static_scale(_sample(rows), format, energy, CPU) for energy in (column_energies(weight), None)
+    )
+
+    def output_error(found: StaticScale) -> float:
+        levels, step = ops.quantize_activations(
+            rows, name, 0, "optimal", found.codebook, found.scale, torch.float32
+        )
+        return float(((rows - levels * step) @ weight.T).square().sum())
+
+    assert unpack_scale(weighed.scale)[0] < unpack_scale(even.scale)[0]
+    assert output_error(weighed) < 0.9 * output_error(even)
+
+
+def test_a_weight_of_zeros_leaves_the_plain_error() -> None:
+    sample, format = _sample(_student(4, 40, 64)), ActivationFormat("ovp8", 0)
+    assert torch.equal(
+        static_scale(sample, format, torch.zeros(64), CPU).scale,
+        static_scale(sample, format, None, CPU).scale,
+    )
 
 
 def test_paper_activations_choose_int4_or_flint4() -> None:
@@ -127,13 +158,13 @@ def test_paper_activations_choose_int4_or_flint4() -> None:
     uniform = torch.rand(64, 64, generator=torch.Generator().manual_seed(0)) - 0.5
     heavy = _student(2, 64, 64)
     for rows, expected in ((uniform, "int4"), (heavy, "flint4")):
-        found = static_scale(_sample(rows), format, CPU)
+        found = static_scale(_sample(rows), format, None, CPU)
         assert found.codebook is not None and torch.equal(found.codebook, names[expected])
 
 
 def test_an_input_of_zeros_gets_scale_one() -> None:
     for format in (ActivationFormat("int8", 0), ActivationFormat("ovp4", 0), ActivationFormat("ovp8", 0)):
-        found = static_scale(_sample(torch.zeros(5, 8)), format, CPU)
+        found = static_scale(_sample(torch.zeros(5, 8)), format, None, CPU)
         assert int(found.scale) == 0x3F80
         figures = activation_figures(_sample(torch.zeros(5, 8)), format, found.codebook, found.scale)
         assert figures.sqnr_db == math.inf and figures.outlier_share == figures.clipped_share == 0
@@ -152,7 +183,7 @@ def test_figures_are_counted_by_hand(name: str, codebook: str, group_size: int) 
     more: Any = {"codebook": codebook} if codebook else {}
     format = ActivationFormat(name, group_size, **more)
     table = get_codebook(codebook).tensor() if codebook else None
-    scale = static_scale(_sample(rows), format, CPU).scale if group_size == 0 else None
+    scale = static_scale(_sample(rows), format, None, CPU).scale if group_size == 0 else None
     figures = activation_figures(_sample(rows), format, table, scale)
     levels, steps = ops.quantize_activations(rows, name, group_size, "optimal", table, scale, torch.float32)
     if group_size > 0:
