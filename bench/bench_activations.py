@@ -26,18 +26,10 @@ from rich.table import Table
 from torch import Tensor, nn
 
 import olive
-from bench.bench_quality import (
-    SENTENCES,
-    TINY_LLAMA,
-    WINDOW,
-    embedding_distance,
-    load_causal,
-    mean_pooled,
-    quantizable_weights,
-)
+from bench.bench_quality import SENTENCES, TINY_LLAMA, WINDOW, load_causal, quantizable_weights
 from bench.common import RESULTS, append_csv, environment
 from olive import QuantConfig
-from olive.eval import inject_outliers, perplexity
+from olive.eval import embedding_distance, inject_outliers, mean_pooled, perplexity
 from olive.walk import walk
 
 CALIBRATION_WINDOWS = 16

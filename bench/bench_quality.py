@@ -1,4 +1,4 @@
-"""How good the formats are at equal group size: weight error, sentence embeddings, perplexity.
+"""How good the formats are at equal group size, without data: weight error, sentence embeddings, perplexity.
 
     python -m bench.bench_quality                            # OVP and the baselines, groups of 128
     python -m bench.bench_quality --group-size 64 --group-size -1
@@ -6,7 +6,9 @@
 
 Every format gets the same modules, those that `olive.quantize` takes. A model stays in float32 and computes
 with the weights that the format decodes to: only the format differs, not the kernels. Rows are appended to
-`bench/results/quality.csv`.
+`bench/results/quality.csv`; their column `calibration` is empty, because the whole text is read, the part
+too on which `bench.bench_calibrated` calibrates. That one compares methods with data, each format at its own
+group size.
 """
 
 from __future__ import annotations
@@ -23,14 +25,14 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor, nn
 
-from bench.baselines import BASELINES, MX_BLOCK, Decoded
+from bench.baselines import BASELINES, ONLY_BLOCK, Decoded
 from bench.common import RESULTS, ROOT, append_csv, environment
+from bench.sequential import quantizable_layers
 from olive import ops
 from olive.config import QuantConfig
-from olive.eval import perplexity
+from olive.eval import embedding_distance, mean_pooled, perplexity
 from olive.formats import check_group_size
 from olive.ptq import quantize_weight
-from olive.walk import walk
 
 OVP_CODEBOOKS = ("int4", "flint4", "nf4", "adaptive", "learned")
 SENTENCES = ROOT / "bench" / "data" / "sentences.txt"
@@ -64,7 +66,7 @@ FORMATS: dict[str, Format] = {**{f"OVP {name}": ovp_format(name) for name in OVP
 
 def formats_for(group_size: int) -> dict[str, Format]:
     """The formats that exist at this group size."""
-    return {name: one for name, one in FORMATS.items() if name != "MXFP4" or group_size == MX_BLOCK}
+    return {name: one for name, one in FORMATS.items() if ONLY_BLOCK.get(name, group_size) == group_size}
 
 
 @dataclass
@@ -111,6 +113,8 @@ class Rows:
                 "metric": metric,
                 "data": data,
                 "value": f"{value:.6g}",
+                "calibration": "",
+                "implementation": "",
             }
         )
 
@@ -163,15 +167,7 @@ def quantizable_weights(model: nn.Module, limit: int | None = None) -> dict[str,
     Raises:
         ValueError: there is none, or one in a module other than nn.Linear and Conv1D.
     """
-    weights = {}
-    for target in walk(model, QuantConfig()).targets:
-        if target.kind not in ("linear", "conv1d"):
-            raise ValueError(f"model: expected nn.Linear and Conv1D only, got {target.kind} at {target.name}")
-        for name, parameter in target.parameters().items():
-            weights[name] = parameter.detach().t() if target.kind == "conv1d" else parameter.detach()
-    if not weights:
-        raise ValueError(f"model: expected quantizable modules, got none in {type(model).__name__}")
-    return dict(list(weights.items())[:limit])
+    return {layer.name: layer.weight for layer in quantizable_layers(model)[:limit]}
 
 
 @contextmanager
@@ -188,19 +184,6 @@ def decoded_weights(weights: dict[str, Tensor], decode: Format, group_size: int)
     finally:
         for name, weight in weights.items():
             weight.copy_(originals[name])
-
-
-def mean_pooled(model: Any, tokens: dict[str, Tensor]) -> Tensor:
-    """Sentence embeddings [B, H] as the model card of all-MiniLM-L6-v2 makes them: mean, normalized."""
-    with torch.inference_mode():
-        hidden = model(**tokens).last_hidden_state
-    mask = tokens["attention_mask"][..., None].to(hidden.dtype)
-    return nn.functional.normalize((hidden * mask).sum(1) / mask.sum(1).clamp(min=1e-9), dim=1)
-
-
-def embedding_distance(embeddings: Tensor, reference: Tensor) -> float:
-    """Mean of 1 - cosine over rows of unit length, in float64."""
-    return float(1.0 - (embeddings.double() * reference.double()).sum(dim=1).mean())
 
 
 def measure_synthetic(out: Rows, quick: bool) -> None:

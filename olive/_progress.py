@@ -20,7 +20,7 @@ class ProgressBar:
     """
 
     def __init__(self, title: str, total: int, show: bool | None = None) -> None:
-        self._title, self._total, self._done = title, total, 0
+        self._title, self._total, self._done, self._note = title, total, 0, ""
         self._show = sys.stderr.isatty() if show is None else show
         self._bar: Any = None
         self._task: Any = None
@@ -28,6 +28,10 @@ class ProgressBar:
     def __enter__(self) -> Self:
         self._start = time.monotonic()
         return self
+
+    def note(self, text: str) -> None:
+        """What was done last; shown beside the title from the next step on."""
+        self._note = text
 
     def advance(self, units: int) -> None:
         """Count units of work as done."""
@@ -41,7 +45,8 @@ class ProgressBar:
             self._bar = Progress(console=Console(stderr=True), transient=sys.stderr.isatty())
             self._task = self._bar.add_task(self._title, total=self._total)
             self._bar.start()
-        self._bar.update(self._task, completed=self._done)
+        title = f"{self._title}: {self._note}" if self._note else self._title
+        self._bar.update(self._task, completed=self._done, description=title)
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None

@@ -12,12 +12,13 @@ from olive.formats.codebooks import CODEBOOK_NAMES
 from olive.formats.layout import PER_CHANNEL, check_group_size
 
 FORMAT_VERSION = 1  # of the tensors in a checkpoint: codes, scale, codebook, activation_*
-METHODS = ("search", "paper")
+METHODS = ("search", "paper", "gptq")
 BITS = (4, 8)
 OVP8 = "ovp8"  # eight bits have one set of levels, so it stands where a codebook's name would
 # OliVe's own two. Codebook "paper" is the one of least squared error on a tensor, the first on a tie.
 PAPER_CODEBOOKS = ("int4", "flint4")
-WEIGHT_CODEBOOKS = (*CODEBOOK_NAMES, PAPER)
+AUTO = "auto"  # per tensor the best of all
+WEIGHT_CODEBOOKS = (*CODEBOOK_NAMES, PAPER, AUTO)
 
 
 def _expect(name: str, value: object, allowed: tuple[object, ...]) -> None:
@@ -33,19 +34,25 @@ class QuantConfig:
     Args:
         bits: bits per weight code: 4 or 8.
         codebook: "adaptive" (each group decides whether the pair rule holds in it), "nf4", "int4", "flint4",
-            "learned" (tables fitted to each tensor), or "paper" (int4 or flint4, whichever has the least
-            squared error on a tensor). Eight bits have no codebook: the default becomes "ovp8".
+            "learned" (tables fitted to each tensor), "auto" (the best of these on a tensor), or "paper" (int4
+            or flint4, whichever has the least squared error on a tensor). Eight bits have no codebook: the
+            default becomes "ovp8".
         group_size: columns that share a scale: 32, 64, 128; -1 per output channel, 0 per tensor.
         activations: what a layer's input becomes: None, it keeps the model's dtype; "int8"; "ovp4" or "ovp8",
             outlier-victim pairs of 4 and 8 bits.
-        method: "search" tries many scales per group for the least squared error; "paper" is OliVe's own
-            search (from 3 sigma, the paper's pair rule) and goes with "int4", "flint4" and "paper", and with
-            8 bits. Activations follow the same pair rule.
+        method: "search" tries many scales per group for the least squared error, which calibration data, if
+            there are any, weigh by what reaches each column; "gptq" makes up for the error of each pair of
+            columns in the later ones (4 bits, needs calibration data); "paper" is OliVe's own search (from 3
+            sigma, the paper's pair rule) and goes with "int4", "flint4" and "paper", and with 8 bits.
+            Activations follow the same pair rule.
         skip: module names left alone: a full name, or its last parts ("lm_head", "mlp.down_proj"), or a
             pattern with * in it.
         activation_group_size: columns of an activation that share a scale: -1 per token, 32, 64 or 128 per
             token and group; 0: one static scale per tensor, from calibration data.
         activation_codebook: of "ovp4": "int4", "flint4", "nf4", "adaptive", or, with static scales, "paper".
+        damping: of "gptq": what is added to the diagonal of the inputs' second moments, in units of its mean.
+        activation_order: of "gptq": pairs of columns with the largest inputs go first. Scales are then chosen
+            before any error is made up for.
 
     Raises:
         ValueError: a value out of its set, or values that do not go together.
@@ -60,6 +67,8 @@ class QuantConfig:
     skip: tuple[str, ...] = ("lm_head",)
     activation_group_size: int = PER_CHANNEL
     activation_codebook: str = "int4"
+    damping: float = 0.01
+    activation_order: bool = False
 
     quant_method: ClassVar[str] = (
         "olive"  # by which transformers finds the quantizer of a `quantization_config`
@@ -71,6 +80,7 @@ class QuantConfig:
         _expect("method", self.method, METHODS)
         self._check_codebook()
         self._check_activations()
+        self._check_gptq()
         if isinstance(self.skip, str) or not all(isinstance(name, str) for name in self.skip):
             raise TypeError(f"skip: expected a tuple of module names, got {self.skip!r}")
         object.__setattr__(self, "skip", tuple(self.skip))
@@ -114,6 +124,32 @@ class QuantConfig:
                 "activation_codebook: expected 'int4', 'flint4', 'nf4' or 'adaptive' with dynamic scales, "
                 "got 'paper', which is chosen from calibration data; use it with activation_group_size=0"
             )
+
+    def _check_gptq(self) -> None:
+        if type(self.damping) is not float or not 0 < self.damping <= 1:
+            raise ValueError(f"damping: expected a float above 0 and up to 1, got {self.damping!r}")
+        _expect("activation_order", self.activation_order, (False, True))
+        if self.method != "gptq":
+            for name in ("damping", "activation_order"):
+                if getattr(self, name) != getattr(type(self), name):
+                    raise ValueError(f"{name}: expected the default unless method is 'gptq'")
+        elif self.bits == 8:
+            raise ValueError(
+                "method: expected 'search' or 'paper' with bits=8, got 'gptq', which makes 4 bits"
+            )
+        elif self.codebook == PAPER:
+            raise ValueError(
+                "codebook: expected 'auto' or one codebook with method 'gptq', got 'paper', which goes "
+                "with the paper's search"
+            )
+
+    @property
+    def needs_calibration(self) -> str | None:
+        """What cannot be done without calibration data; None = it only helps, or fills the report."""
+        if self.method == "gptq":
+            return "method 'gptq'"
+        static = self.activations is not None and self.activation_group_size == 0
+        return "static activation scales" if static else None
 
     @property
     def activation_format(self) -> ActivationFormat | None:

@@ -4,124 +4,28 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Iterable, Sized
-from dataclasses import dataclass, replace
 from typing import Any
 
-import torch
-from torch import Tensor, nn
+from torch import nn
 
 from olive._progress import ProgressBar
-from olive.config import PAPER_CODEBOOKS, QuantConfig
-from olive.formats import LEARNED, PAPER, PER_TENSOR
+from olive.config import QuantConfig
 from olive.frameworks import framework_models
-from olive.nn import OVPExperts, OVPLinear, OVPWeight
+from olive.nn import OVPExperts, OVPLinear
 from olive.ops.schemas import FLOATS
-from olive.ptq import quantize_weight, quantize_weight8
-from olive.ptq.activations import activation_figures, static_scale
-from olive.ptq.batches import check_batches, run_batches
-from olive.ptq.calibration import InputCollector, InputSample
-from olive.ptq.noise import column_energies, decibels, energies
+from olive.ptq.activations import set_activations
+from olive.ptq.batches import calls, check_batches, run_batches
+from olive.ptq.calibration import InputCollector
+from olive.ptq.moments import ColumnMoment
+from olive.ptq.parameter import StoredWeight, quantize_parameter
+from olive.sequential import Replacements, SequentialQuantizer, collector_for
 from olive.walk import Inventory, attach_config, attached_config, check_skip, exchange, walk
 
-
-@dataclass(frozen=True)
-class StoredWeight:
-    """A weight, or a stack, in the canonical layout, with the quality it has.
-
-    Args:
-        codes: uint8 [N, ceil(K / 2)] or [E, N, ceil(K / 2)]; for 8 bits 2 ceil(K / 2) bytes a row.
-        scale: int16 [N, G] or [E, N, G].
-        codebook: int8 [32]; None for 8 bits.
-        sqnr_db: signal-to-quantization-noise ratio in dB, inf if the codes hold the weight exactly.
-    """
-
-    codes: Tensor
-    scale: Tensor
-    codebook: Tensor | None
-    sqnr_db: float
-
-
-def quantize_parameter(
-    parameter: Tensor,
-    config: QuantConfig,
-    *,
-    transposed: bool = False,
-    name: str = "weight",
-    advance: Callable[[int], None] | None = None,
-) -> StoredWeight:
-    """Quantize one float parameter of a model, on the device it is on.
-
-    Args:
-        parameter: float32, bfloat16 or float16 [N, K], or a stack [E, N, K].
-        config: how.
-        transposed: the parameter is laid out [..., K, N].
-        name: what to call it in errors.
-        advance: called with the number of values done, for a progress bar.
-
-    Raises:
-        ValueError: NaN or Inf in it, or a wrong shape.
-        TypeError: not a float type.
-    """
-    weight = parameter.detach()
-    if transposed:
-        weight = weight.transpose(-1, -2)
-    if weight.dim() == 3 and config.codebook == LEARNED:
-        return _quantize_as_one(weight, config, name, advance)
-    if weight.dim() == 3 and config.codebook == PAPER:  # a stack has one codebook
-        options: dict[str, Any] = {"transposed": transposed, "name": name}
-        first, second = (replace(config, codebook=book) for book in PAPER_CODEBOOKS)
-        one = quantize_parameter(parameter, first, **options)
-        other = quantize_parameter(parameter, second, **options, advance=advance)
-        return other if other.sqnr_db > one.sqnr_db else one
-    if weight.dim() == 2:
-        codes, scale, table = _quantize_matrix(weight, config, name)
-        signal, noise = energies(weight, codes, scale, table, config.group_size)
-    else:
-        parts = []
-        signal = noise = 0.0
-        for index, expert in enumerate(weight):
-            part = _quantize_matrix(expert, config, f"{name}[{index}]")
-            more = energies(expert, *part, config.group_size)
-            signal, noise = signal + more[0], noise + more[1]
-            parts.append(part)
-            if advance is not None:
-                advance(expert.numel())
-        codes, scale = (
-            torch.stack([part[0] for part in parts]),
-            torch.stack([part[1] for part in parts]),
-        )
-        table = parts[0][2]
-    if advance is not None and weight.dim() == 2:
-        advance(weight.numel())
-    return StoredWeight(codes, scale, table, decibels(signal, noise))
-
-
-def _quantize_matrix(weight: Tensor, config: QuantConfig, name: str) -> tuple[Tensor, Tensor, Tensor | None]:
-    """Codes, scale and codebook (None for 8 bits) of one weight [N, K]."""
-    if config.bits == 8:
-        return (*quantize_weight8(weight.contiguous(), config, name=name), None)
-    codes, scale, codebook = quantize_weight(weight.contiguous(), config, name=name)
-    return codes, scale, codebook
-
-
-def _quantize_as_one(
-    weight: Tensor, config: QuantConfig, name: str, advance: Callable[[int], None] | None
-) -> StoredWeight:
-    """A stack [E, N, K] as one tall weight [E x N, K]: its experts share one fitted codebook."""
-    experts, rows, columns = weight.shape
-    tall = weight.reshape(experts * rows, columns).contiguous()
-    codes, scale, table = quantize_weight(tall, config, name=name)
-    signal, noise = energies(tall, codes, scale, table, config.group_size)
-    if config.group_size == PER_TENSOR:
-        scale = scale.expand(experts, 1).contiguous()
-    if advance is not None:
-        advance(weight.numel())
-    return StoredWeight(
-        codes.view(experts, rows, -1),
-        scale.view(experts, -1, scale.shape[-1]),
-        table,
-        decibels(signal, noise),
-    )
+_NO_BATCH = "calibration: expected at least one batch or text with a token, got none"
+_WITHOUT_DATA = (
+    "QuantConfig(activation_group_size=-1) for dynamic scales",
+    "QuantConfig(method='search') and dynamic scales",
+)
 
 
 def quantize(
@@ -140,9 +44,10 @@ def quantize(
     Args:
         model: a PyTorch model, from transformers or not, with its weights in float32, bfloat16 or float16.
         config: how; None = `QuantConfig()`.
-        calibration: data on which the float model is run once, in eval mode: an iterable of mappings
-            (`model(**batch)`), tuples or lists (`model(*batch)`), tensors (`model(batch)`) or texts. Static
-            activation scales need it; with dynamic ones it only fills the report.
+        calibration: data on which the model is run, in eval mode: an iterable of mappings (`model(**batch)`),
+            tuples or lists (`model(*batch)`), tensors (`model(batch)`) or texts. Method "gptq" and static
+            activation scales need it. In 4 bits method "search" weighs errors by what reaches each column.
+            With dynamic activation scales it also fills the report.
         tokenizer: for texts; None = the one beside the checkpoint that a transformers model came from.
         progress: show a bar on stderr if it takes longer than two seconds; None = only on a terminal.
 
@@ -156,53 +61,105 @@ def quantize(
             calibration data that is missing, empty, or not needed.
 
     Warns:
-        UserWarning: layers that the calibration data never reached; their scales are dynamic, one per token.
+        UserWarning: layers that the calibration data never reached, whose activation scales are dynamic, one
+            per token; layers and experts that too little data reached for "gptq", which are searched.
     """
     config = QuantConfig() if config is None else config
     _check_arguments(model, config, calibration, tokenizer)
     inventory = walk(model, config)
     _check_inventory(model, config, inventory)
-    samples = {} if calibration is None else _calibrate(model, inventory, calibration, tokenizer, progress)
-    replacements: dict[nn.Module, nn.Module] = {}
-    with ProgressBar("quantizing", inventory.quantizable_values, progress) as bar:
-        for target in inventory.targets:
-            new = target.replacement(config)
-            parameters = target.parameters()
-            for name, weight in target.weights(new).items():
-                stored = quantize_parameter(
-                    parameters[name], config, transposed=weight.transposed, name=name, advance=bar.advance
-                )
-                weight.set_(stored.codes, stored.scale, stored.codebook)
-                weight.sqnr_db = stored.sqnr_db
-                if name in samples:
-                    _set_activations(weight, samples.pop(name), parameters[name])
-                weight.pack_()
-            replacements[target.module] = new
+    data = calibration or ()
+    if config.method == "gptq":
+        replacements = _quantize_in_sequence(model, config, inventory, data, tokenizer, progress)
+    else:
+        collector = (
+            None if calibration is None else _calibrate(model, config, inventory, data, tokenizer, progress)
+        )
+        replacements = _quantize_at_once(config, inventory, collector, progress)
     if calibration is not None:
         _warn_of_unreached(replacements, inventory)  # before the exchange: a warning may be an error
     _exchange(model, replacements, lambda: _mark(model, config), lambda: _unmark(model))
     return model
 
 
-def _calibrate(
+def _quantize_at_once(
+    config: QuantConfig, inventory: Inventory, collector: InputCollector | None, progress: bool | None
+) -> Replacements:
+    """Every weight on its own, with what is known of its input."""
+    samples, moments = ({}, {}) if collector is None else (collector.samples(), collector.moments())
+    replacements: Replacements = {}
+    with ProgressBar("quantizing", inventory.quantizable_values, progress) as bar:
+        for target in inventory.targets:
+            new = target.replacement(config)
+            parameters = target.parameters()
+            for name, weight in target.weights(new).items():
+                stored = quantize_parameter(
+                    parameters[name],
+                    config,
+                    transposed=weight.transposed,
+                    name=name,
+                    moments=moments,
+                    advance=bar.advance,
+                )
+                weight.set_(stored.codes, stored.scale, stored.codebook)
+                weight.sqnr_db = stored.sqnr_db
+                if name in samples:
+                    set_activations(weight, samples.pop(name), parameters[name])
+                weight.pack_()
+            replacements[target.module] = new
+    return replacements
+
+
+def _quantize_in_sequence(
     model: nn.Module,
+    config: QuantConfig,
     inventory: Inventory,
     calibration: Iterable[Any],
     tokenizer: Any,
     progress: bool | None,
-) -> dict[str, InputSample]:
-    """Run the float model and sample the inputs of its targets, by the name of each weight."""
-    linears, experts, sorted_experts = {}, {}, set()
-    for target in inventory.targets:
-        names = tuple(target.parameters())
-        if len(names) == 1:
-            linears[names[0]] = target.module  # a layer, which has one weight
-        else:
-            first, down = names
-            experts[first, down] = target.module
-            if target.kind == "sorted_experts":
-                sorted_experts.add((first, down))
-    collector = InputCollector(linears, experts, frozenset(sorted_experts))
+) -> Replacements:
+    """Layer by layer, with errors made up for."""
+    data = list(calls(model, calibration, tokenizer))
+    if not data:
+        raise ValueError(_NO_BATCH)
+    searched: list[str] = []
+    with ProgressBar("quantizing", inventory.quantizable_values, progress) as bar:
+        sizes = {
+            name: one.numel() for target in inventory.targets for name, one in target.parameters().items()
+        }
+
+        def done(name: str, stored: StoredWeight) -> None:
+            searched.extend(name + part for part in stored.searched)
+            loss = max(stored.losses.values(), default=None)
+            bar.note(name if loss is None else f"{name}, loss {loss:.2%}")
+            bar.advance(sizes[name])
+
+        replacements = SequentialQuantizer(model, inventory.targets, config, data, done).run()
+    if searched:
+        warnings.warn(
+            f"calibration: too little data reached {', '.join(searched)} to make up for errors there (fewer "
+            f"rows than a quarter of the columns): searched instead; use more data, or data that reaches "
+            f"every layer",
+            stacklevel=3,
+        )
+    return replacements
+
+
+def _calibrate(
+    model: nn.Module,
+    config: QuantConfig,
+    inventory: Inventory,
+    calibration: Iterable[Any],
+    tokenizer: Any,
+    progress: bool | None,
+) -> InputCollector:
+    """Run the float model and gather what its targets' inputs are like, by the name of each weight."""
+    weighs = config.method == "search" and config.bits == 4
+    collector = collector_for(
+        list(inventory.targets),
+        sample=config.activations is not None,
+        moment=ColumnMoment() if weighs else None,
+    )
     total = len(calibration) if isinstance(calibration, Sized) else 0
     done = 0
     with ProgressBar("calibrating", total, progress) as bar, collector.collecting():
@@ -210,22 +167,8 @@ def _calibrate(
             collector.end_batch()
             bar.advance(1)
     if not done:
-        raise ValueError("calibration: expected at least one batch or text with a token, got none")
-    return collector.samples()
-
-
-def _set_activations(weight: OVPWeight, sample: InputSample, parameter: Tensor) -> None:
-    """Give a weight the static scale of its input, if it wants one, and the figures of the sample."""
-    format, codebook, scale = weight.activations, weight.activation_codebook, None
-    assert format is not None
-    if format.is_static:
-        energy = None
-        if format.pairing != "paper":
-            float_weight = parameter.detach()
-            energy = column_energies(float_weight.transpose(-1, -2) if weight.transposed else float_weight)
-        scale, codebook = static_scale(sample, format, energy, weight.codes.device)
-        weight.set_activations_(scale, codebook)
-    weight.activation_figures = activation_figures(sample, format, codebook, scale)
+        raise ValueError(_NO_BATCH)
+    return collector
 
 
 def _warn_of_unreached(replacements: dict[nn.Module, nn.Module], inventory: Inventory) -> None:
@@ -284,20 +227,19 @@ def _check_arguments(model: object, config: object, calibration: object, tokeniz
     _check_model(model)
     if not isinstance(config, QuantConfig):
         raise TypeError(f"config: expected an olive.QuantConfig, got {type(config).__name__}")
-    format = config.activation_format
     if calibration is None:
-        if format is not None and format.is_static:
+        if config.needs_calibration:
             raise ValueError(
-                "calibration: expected data for static activation scales, got None; pass calibration=[...], "
-                "or use QuantConfig(activation_group_size=-1) for dynamic scales, which need none"
+                f"calibration: expected data for {config.needs_calibration}, got None; pass "
+                f"calibration=[...], or use {_WITHOUT_DATA[config.method == 'gptq']}, which need none"
             )
         if tokenizer is not None:
             raise ValueError("tokenizer: expected None without calibration, got one")
         return
-    if format is None:
+    if config.activations is None and (config.method == "paper" or config.bits == 8):
         raise ValueError(
-            f"calibration: expected None, because method {config.method!r} needs no data for weights and "
-            f"activations is None, got {type(calibration).__name__}"
+            f"calibration: expected None, because method {config.method!r} with {config.bits} bits needs no "
+            f"data for weights and activations is None, got {type(calibration).__name__}"
         )
     check_batches(calibration)
 

@@ -29,8 +29,8 @@ TINY_LLAMA = Path(__file__).parents[1] / "examples" / "tiny_llama"
 
 @pytest.fixture(autouse=True)
 def quick(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("olive.ptq.search.PAIR_GRID", (0.6, 0.9))
-    monkeypatch.setattr("olive.ptq.search.PLAIN_GRID", (0.8,))
+    monkeypatch.setattr("olive.ptq.grids.PAIR_GRID", (0.6, 0.9))
+    monkeypatch.setattr("olive.ptq.grids.PLAIN_GRID", (0.8,))
 
 
 def scales(model: nn.Module) -> list[float]:
@@ -92,14 +92,47 @@ def test_static_scales_see_the_float_model() -> None:
     assert scales(model) == pytest.approx(expected, rel=0.008)
 
 
-def test_data_with_dynamic_scales_only_fills_the_report() -> None:
+def test_data_with_dynamic_scales_fill_the_report() -> None:
     one, other = models.plain(), models.plain()
     other.load_state_dict(one.state_dict())
     x = torch.randn(5, 96)
-    olive.quantize(one, DYNAMIC)
-    olive.quantize(other, DYNAMIC, calibration=[x])
+    config = olive.QuantConfig(bits=8, activations="int8")  # 8-bit weights are not weighed
+    olive.quantize(one, config)
+    olive.quantize(other, config, calibration=[x])
     assert torch.equal(one(x), other(x))
     assert one[0].activation_figures is None and other[0].activation_figures.sqnr_db > 30
+
+
+def test_data_weigh_the_columns_of_four_bits() -> None:
+    torch.manual_seed(0)
+    x = torch.randn(400, 96) * torch.logspace(-2, 1, 96)
+    errors = {}
+    for data in (None, [x]):
+        model = nn.Sequential(nn.Linear(96, 64, bias=False))
+        model.load_state_dict({"0.weight": torch.randn(64, 96, generator=torch.Generator().manual_seed(1))})
+        with torch.no_grad():
+            exact = model(x)
+            olive.quantize(model, calibration=data)
+            errors[data is None] = float((model(x) - exact).norm())
+    assert errors[False] < 0.95 * errors[True]
+
+
+def test_the_search_is_given_what_reached_each_layer(monkeypatch: pytest.MonkeyPatch) -> None:
+    from olive.ptq import parameter
+
+    seen: list[Tensor] = []
+    original = parameter.quantize_weight
+
+    def noted(weight: Tensor, *args: Any, **kwargs: Any) -> Any:
+        seen.append(kwargs["importance"])
+        return original(weight, *args, **kwargs)
+
+    monkeypatch.setattr(parameter, "quantize_weight", noted)
+    model, x = models.plain(), [torch.randn(30, 96), torch.randn(4, 96)]
+    olive.quantize(model, calibration=x)
+    energy = torch.cat(x).double().square().sum(0)
+    energy = energy + 0.01 * energy.mean()
+    assert torch.allclose(seen[0], (energy / energy.max()).float(), rtol=1e-5)
 
 
 @pytest.mark.parametrize(
@@ -186,9 +219,9 @@ def failing() -> Iterator[Tensor]:
             "calibration: expected data for static activation",
         ),
         (
-            {"calibration": [1]},
+            {"calibration": [torch.randn(2, 96)], "config": olive.QuantConfig(bits=8)},
             ValueError,
-            "calibration: expected None, because method 'search' needs no data",
+            "calibration: expected None, because method 'search' with 8 bits needs no data",
         ),
         ({"tokenizer": len}, ValueError, "tokenizer: expected None without calibration, got one"),
         (

@@ -75,7 +75,7 @@ def test_activation_format(method: str) -> None:
             "codebook: expected 'ovp8' with bits=8, because 8-bit",
         ),
         ({"codebook": "ovp8"}, ValueError, "codebook: expected a 4-bit codebook with bits=4, got 'ovp8'"),
-        ({"codebook": "int5"}, ValueError, "codebook: expected one of 'int4', .*'paper', got 'int5'"),
+        ({"codebook": "int5"}, ValueError, "codebook: expected one of 'int4', .*'paper', 'auto', got 'int5'"),
         (
             {"method": "paper"},
             ValueError,

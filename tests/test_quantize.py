@@ -244,7 +244,7 @@ class Other(nn.Module):
             models.plain,
             {"calibration": []},
             ValueError,
-            "calibration: expected None, because method 'search'",
+            "calibration: expected at least one batch or text with a token, got none",
         ),
         (
             models.plain,

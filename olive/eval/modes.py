@@ -21,6 +21,23 @@ def evaluating(model: nn.Module) -> Iterator[None]:
             module.training = training
 
 
+def check_reference(model: object, reference: object) -> None:
+    """Refuse what cannot be compared with a model.
+
+    Raises:
+        TypeError: one of them is no module.
+        ValueError: they are one.
+    """
+    for name, one in (("model", model), ("reference", reference)):
+        if not isinstance(one, nn.Module):
+            raise TypeError(f"{name}: expected a torch.nn.Module, got {type(one).__name__}")
+    if model is reference:
+        raise ValueError(
+            "reference: expected the model's original, got the model itself; olive.quantize works in place: "
+            "load the original once more, or copy.deepcopy it before"
+        )
+
+
 def device_of(model: nn.Module) -> torch.device:
     """Where a model takes its inputs: the device of its first parameter."""
     first = next(model.parameters(), None)

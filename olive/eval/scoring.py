@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator, Mapping
 from typing import Any, Literal
 
 import torch
@@ -56,46 +57,107 @@ def perplexity(
 
     Source: OliVe, arXiv:2304.07493, and GPTQ, arXiv:2210.17323, for the windows.
     """
-    if not isinstance(model, nn.Module):
-        raise TypeError(f"model: expected a torch.nn.Module, got {type(model).__name__}")
-    if batch_size is not None and batch_size < 1:
-        raise ValueError(f"batch_size: expected at least 1, got {batch_size}")
-    size = _window_of(model, protocol, window)
-    windows = _cut(_tokens_of(tokens, tokenizer), size)
-    vocabulary = _text_setting(model, "vocab_size")
-    _check_range(windows, vocabulary)
-    batch = batch_size or max(1, _RUN_LOGITS // (size * (vocabulary or _RUN_LOGITS)))
+    windows, batch = cut_windows({"model": model}, tokens, tokenizer, protocol, window, batch_size)
     losses: list[float] = []
     title = f"perplexity, {len(windows)} windows"
     with evaluating(model), torch.inference_mode(), ProgressBar(title, len(windows), progress) as bar:
         for part in windows.to(device_of(model)).split(batch):
-            logits = getattr(model(input_ids=part, use_cache=False), "logits", None)
-            if not isinstance(logits, Tensor) or logits.shape[:-1] != part.shape:
-                raise TypeError(
-                    f"model: expected a causal language model, whose output has logits [B, T, vocabulary], "
-                    f"got {type(model).__name__}"
-                )
+            logits = logits_of(model, part)
             for one, expected in zip(logits, part, strict=True):
                 losses.append(_loss(one, expected))
-                if math.isnan(losses[-1]):
-                    raise ValueError(
-                        f"model: expected a finite loss, got NaN in window {len(losses) - 1}; a weight or an "
-                        f"activation is NaN, or overflows {logits.dtype}"
-                    )
+                check_loss(losses[-1], len(losses) - 1, logits.dtype)
             bar.advance(len(part))
-    mean = math.fsum(losses) / windows[:, 1:].numel()
+    return exp_of_mean(losses, windows[:, 1:].numel())
+
+
+def cut_windows(
+    models: Mapping[str, nn.Module],
+    tokens: Tensor | str,
+    tokenizer: Any,
+    protocol: Protocol,
+    window: int | None,
+    batch_size: int | None,
+) -> tuple[Tensor, int]:
+    """Check what a measure over windows is given, and cut the text.
+
+    Args:
+        models: those that will read it, by the names of their arguments.
+        tokens, tokenizer, protocol, window, batch_size: of `perplexity`.
+
+    Returns:
+        int64 [windows, tokens of each], and how many of them one run of a model gets.
+
+    Raises:
+        TypeError, ValueError: as `perplexity`, or the models differ in their vocabularies.
+    """
+    for name, model in models.items():
+        if not isinstance(model, nn.Module):
+            raise TypeError(f"{name}: expected a torch.nn.Module, got {type(model).__name__}")
+    if batch_size is not None and batch_size < 1:
+        raise ValueError(f"batch_size: expected at least 1, got {batch_size}")
+    size = max(_window_of(model, protocol, window) for model in models.values())
+    windows = _cut(_tokens_of(tokens, tokenizer), size)
+    vocabulary: int | None = None
+    for name, model in models.items():
+        own = _text_setting(model, "vocab_size")
+        if vocabulary is not None and own is not None:
+            check_vocabulary(own, vocabulary, name)
+        vocabulary = vocabulary if own is None else own
+    _check_range(windows, vocabulary)
+    return windows, batch_size or max(1, _RUN_LOGITS // (size * (vocabulary or _RUN_LOGITS)))
+
+
+def logits_of(model: nn.Module, part: Tensor, name: str = "model") -> Tensor:
+    """Run a model, called `name` in errors, on windows [B, W]: logits [B, W, V]."""
+    logits = getattr(model(input_ids=part, use_cache=False), "logits", None)
+    if not isinstance(logits, Tensor) or logits.shape[:-1] != part.shape:
+        raise TypeError(
+            f"{name}: expected a causal language model, whose output has logits [B, T, vocabulary], "
+            f"got {type(model).__name__}"
+        )
+    return logits
+
+
+def chunks(logits: Tensor, tokens: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
+    """Logits [W, V] of one window in float32, few rows at a time, and the tokens that they predict.
+
+    A vocabulary has up to 256k tokens: a float32 copy of all logits would be the largest tensor in the run.
+    """
+    rows = max(1, _CHUNK_LOGITS // logits.shape[-1])
+    for one, expected in zip(logits[:-1].split(rows), tokens[1:].split(rows), strict=True):
+        yield one.float(), expected.to(one.device)
+
+
+def check_loss(loss: float, number: int, dtype: torch.dtype, name: str = "model") -> None:
+    """Refuse a NaN as the loss of a window.
+
+    Raises:
+        ValueError: with the name of the model, the number of the window and the dtype of its logits.
+    """
+    if math.isnan(loss):
+        raise ValueError(
+            f"{name}: expected a finite loss, got NaN in window {number}; a weight or an "
+            f"activation is NaN, or overflows {dtype}"
+        )
+
+
+def check_vocabulary(found: int, expected: int, name: str) -> None:
+    """Refuse a model that predicts other tokens than the one before it."""
+    if found != expected:
+        raise ValueError(f"{name}: expected the model's vocabulary of {expected} tokens, got {found}")
+
+
+def exp_of_mean(losses: list[float], count: int) -> float:
+    """Perplexity of `count` tokens, from the sums of the losses of windows."""
     try:
-        return math.exp(mean)
+        return math.exp(math.fsum(losses) / count)
     except OverflowError:
         return math.inf
 
 
 def _loss(logits: Tensor, tokens: Tensor) -> float:
     """Sum of the losses of one window: logits [W, V], tokens [W]."""
-    # A vocabulary has up to 256k tokens: a float32 copy of all logits would be the largest tensor in the run.
-    rows = max(1, _CHUNK_LOGITS // logits.shape[-1])
-    pairs = zip(logits[:-1].split(rows), tokens[1:].split(rows), strict=True)
-    parts = [cross_entropy(one.float(), expected.to(one.device), reduction="sum") for one, expected in pairs]
+    parts = [cross_entropy(one, expected, reduction="sum") for one, expected in chunks(logits, tokens)]
     return math.fsum(torch.stack(parts).tolist())
 
 

@@ -16,7 +16,7 @@ from olive.hf.config import WHERE, OliveConfig
 from olive.hf.pages import CleanPages
 from olive.hf.stored import Header, check_contents, check_float_header, check_headers, read_headers
 from olive.nn import ACTIVATION_TENSORS, WEIGHT_TENSORS, OVPExperts, OVPLinear, OVPWeight
-from olive.quantization import StoredWeight, quantize_parameter
+from olive.ptq.parameter import StoredWeight, quantize_parameter
 from olive.walk import Target, check_skip, exchange, walk
 
 _STORED = (*WEIGHT_TENSORS, *ACTIVATION_TENSORS)

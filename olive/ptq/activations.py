@@ -22,10 +22,10 @@ from olive.formats import (
 from olive.formats.activations import DYNAMIC_GRIDS
 from olive.formats.layout import expand_scale, pad_columns
 from olive.formats.scales import TINY
-from olive.nn import ActivationFigures
+from olive.nn import ActivationFigures, OVPWeight
 from olive.ptq.calibration import InputSample
-from olive.ptq.noise import decibels
-from olive.ptq.search import search_grids, search_grids8
+from olive.ptq.grids import search_grids, search_grids8
+from olive.ptq.noise import column_energies, decibels
 
 _INT8_LARGEST = 127
 _OVP8_LARGEST, _OVP8_STEP = 32768, 2048
@@ -160,3 +160,23 @@ def _outlier_share(
         codes = ops.ovp_encode(rows, stored, codebook, format.group_size, format.pairing)
     plain = expand_scale(unpack_scale(stored)[1], len(rows), rows.shape[1], format.group_size)[:, 0::2]
     return float(outlier_pairs(codes, plain).double().mean())
+
+
+def set_activations(weight: OVPWeight, sample: InputSample, parameter: Tensor) -> None:
+    """Give a weight the static scale of its input, if it wants one, and the figures of the sample.
+
+    Args:
+        weight: quantized, with activations.
+        sample: of its input.
+        parameter: the float weight that it stands for.
+    """
+    format, codebook, scale = weight.activations, weight.activation_codebook, None
+    assert format is not None
+    if format.is_static:
+        energy = None
+        if format.pairing != "paper":
+            float_weight = parameter.detach()
+            energy = column_energies(float_weight.transpose(-1, -2) if weight.transposed else float_weight)
+        scale, codebook = static_scale(sample, format, energy, weight.codes.device)
+        weight.set_activations_(scale, codebook)
+    weight.activation_figures = activation_figures(sample, format, codebook, scale)

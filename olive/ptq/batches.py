@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -32,12 +32,23 @@ def check_batches(calibration: object) -> None:
         )
 
 
-def run_batches(model: nn.Module, calibration: Iterable[Any], tokenizer: Any = None) -> Iterator[int]:
-    """Run the model on each batch, in eval mode and without gradients, and count them as they are done.
+class Call(NamedTuple):
+    """Arguments of one run of a module."""
 
-    Mappings are passed as `model(**batch)`, tuples and lists as `model(*batch)`, tensors as `model(batch)`,
-    on the model's device. Texts go through the tokenizer, one by one, cut to what the model takes; a text
-    without a token is passed over. Training flags are restored at the end, whatever happens.
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+
+    def __call__(self, module: nn.Module) -> Any:
+        """Run the module on them."""
+        return module(*self.args, **self.kwargs)
+
+
+def calls(model: nn.Module, calibration: Iterable[Any], tokenizer: Any = None) -> Iterator[Call]:
+    """What to run a model with: each batch, on the model's device.
+
+    Mappings are passed as `model(**batch)`, tuples and lists as `model(*batch)`, tensors as `model(batch)`.
+    Texts go through the tokenizer, one by one, cut to what the model takes; a text without a token is passed
+    over. Models that cache keys and values are told not to: nothing reads them here.
 
     Args:
         model: not changed.
@@ -46,38 +57,51 @@ def run_batches(model: nn.Module, calibration: Iterable[Any], tokenizer: Any = N
 
     Raises:
         TypeError: a batch of another type.
-        ValueError: texts without a tokenizer.
+        ValueError: texts without a tokenizer, or a tokenizer of another model.
     """
     device = next((parameter.device for parameter in model.parameters()), torch.device("cpu"))
-    done = 0
-    # Not inference_mode: what a model caches in a forward would stay an inference tensor, unfit for training.
-    with _eval_mode(model), torch.no_grad():
-        for number, batch in enumerate(calibration):
-            if isinstance(batch, str):
-                tokenizer = _tokenizer_of(model) if tokenizer is None else tokenizer
-                batch = _tokenized(model, tokenizer, batch)
-                if batch is None:
-                    continue
-            moved = _moved(batch, device)
-            if isinstance(moved, dict):
-                model(**moved)
-            elif isinstance(moved, (tuple, list)):
-                model(*moved)
-            elif isinstance(moved, Tensor):
-                model(moved)
-            else:
-                raise TypeError(f"calibration[{number}]: expected {_KINDS}, got {type(batch).__name__}")
-            done += 1
+    caches = "use_cache" in inspect.signature(model.forward).parameters
+    for number, batch in enumerate(calibration):
+        if isinstance(batch, str):
+            tokenizer = _tokenizer_of(model) if tokenizer is None else tokenizer
+            batch = _tokenized(model, tokenizer, batch)
+            if batch is None:
+                continue
+        moved = _moved(batch, device)
+        if isinstance(moved, dict):
+            args: tuple[Any, ...] = ()
+            kwargs: dict[str, Any] = moved
+        elif isinstance(moved, (tuple, list)):
+            args, kwargs = tuple(moved), {}
+        elif isinstance(moved, Tensor):
+            args, kwargs = (moved,), {}
+        else:
+            raise TypeError(f"calibration[{number}]: expected {_KINDS}, got {type(batch).__name__}")
+        yield Call(args, {"use_cache": False, **kwargs} if caches else kwargs)
+
+
+def run_batches(model: nn.Module, calibration: Iterable[Any], tokenizer: Any = None) -> Iterator[int]:
+    """Run the model on each batch, in eval mode and without gradients, and count them as they are done.
+
+    Training flags are restored at the end, whatever happens. Arguments and errors are those of `calls`.
+    """
+    with calibrating(model):
+        for done, call in enumerate(calls(model, calibration, tokenizer), 1):
+            call(model)
             yield done
 
 
 @contextmanager
-def _eval_mode(model: nn.Module) -> Iterator[None]:
+def calibrating(model: nn.Module) -> Iterator[None]:
+    """Eval mode and no gradients; training flags are restored."""
     training = [module for module in model.modules() if module.training]
     try:
         for module in training:
             module.training = False
-        yield
+        # Not inference_mode: what a model caches in a forward would stay an inference tensor, unfit for
+        # training.
+        with torch.no_grad():
+            yield
     finally:
         for module in training:
             module.training = True
@@ -118,5 +142,21 @@ def _tokenized(model: nn.Module, tokenizer: Any, text: str) -> dict[str, Any] | 
     encoded = tokenizer(text, return_tensors="pt", **more)
     if not encoded["input_ids"].numel():
         return None
+    largest, vocabulary = int(encoded["input_ids"].max()), _vocabulary_of(model)
+    if vocabulary is not None and largest >= vocabulary:
+        raise ValueError(
+            f"tokenizer: expected the model's own, whose {vocabulary} tokens it embeds, got one that gives "
+            f"token {largest}"
+        )
     known = inspect.signature(model.forward).parameters
     return {key: value for key, value in encoded.items() if key in known}
+
+
+def _vocabulary_of(model: nn.Module) -> int | None:
+    """How many tokens the model embeds; None if it does not say."""
+    getter = getattr(model, "get_input_embeddings", None)
+    try:
+        embedding = None if getter is None else getter()
+    except (AttributeError, NotImplementedError):  # models that embed no tokens say so in either way
+        return None
+    return embedding.num_embeddings if isinstance(embedding, nn.Embedding) else None

@@ -3,7 +3,8 @@
 Of each layer's input a bounded number of rows is kept, drawn evenly from all batches, and the largest
 magnitude of all rows. Layers that are given one and the same tensor share what is kept. So memory on the host
 is at most `SAMPLE_ROWS` x (the sum of the distinct inputs' widths) values in the model's dtype, whatever the
-amount of data: 0.4 GB for a Llama 3 8B in bfloat16.
+amount of data: 0.4 GB for a Llama 3 8B in bfloat16. Methods that weigh errors also have moments of all rows
+gathered (`olive.ptq.moments`), for each expert of a stack on its own.
 """
 
 from __future__ import annotations
@@ -14,10 +15,12 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from types import MappingProxyType
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+
+from olive.ptq.moments import Moment
 
 # On the bundled model static scales differ from those of 4096 rows by 2 % on average and 10 % at most, about
 # two steps of the grids; those of 64 rows by up to 30 %.
@@ -57,11 +60,21 @@ class InputSample:
         return InputSample(kept, together[chosen], self.seen + len(rows), max(self.largest, largest))
 
 
-_NOTHING = InputSample()
-
-
 def _input_of(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
     return args[0] if args else next(iter(kwargs.values()), None)
+
+
+class _Gathered(NamedTuple):
+    """What is known of one input."""
+
+    sample: InputSample | None
+    moment: Moment | None
+
+    def updated(self, rows: Tensor, largest: float) -> _Gathered:
+        return _Gathered(
+            None if self.sample is None else self.sample.updated(rows, largest),
+            None if self.moment is None else self.moment.updated(rows),
+        )
 
 
 class InputCollector:
@@ -71,6 +84,8 @@ class InputCollector:
         linears: layers whose input is one tensor [..., K], by the name of their weight.
         experts: modules of stacked experts, by the names of the weights: (first stack, down_proj).
         sorted_experts: those of `experts` whose tokens come sorted, as Llama 4's do.
+        sample: whether to sample rows.
+        moment: the empty moment to gather of each layer and expert; None = no moments.
     """
 
     def __init__(
@@ -78,15 +93,24 @@ class InputCollector:
         linears: Mapping[str, nn.Module],
         experts: Mapping[tuple[str, str], nn.Module] = MappingProxyType({}),
         sorted_experts: frozenset[tuple[str, str]] = frozenset(),
+        *,
+        sample: bool = True,
+        moment: Moment | None = None,
     ) -> None:
         self._linears, self._experts, self._sorted = linears, experts, sorted_experts
-        self._samples: dict[str, InputSample] = {}
-        # The last input and what it made of which sample: layers that are given it next share the result.
-        self._last: tuple[Tensor, InputSample, InputSample] | None = None
+        self._nothing = _Gathered(InputSample() if sample else None, moment)
+        self._samples: dict[str, InputSample | None] = {}
+        self._moments: dict[str, Moment | None] = {}
+        # The last input and what it made of what was known: layers that are given it next share the result.
+        self._last: tuple[Tensor, _Gathered, _Gathered] | None = None
 
     def samples(self) -> dict[str, InputSample]:
-        """What was collected; layers that saw no row are missing."""
-        return {name: sample for name, sample in self._samples.items() if sample.seen}
+        """Samples by weight; weights that saw no row are missing."""
+        return {name: one for name, one in self._samples.items() if one is not None and one.seen}
+
+    def moments(self) -> dict[str, Moment]:
+        """Moments by weight, of an expert of a stack by "weight[e]"; those that saw no row are missing."""
+        return {name: one for name, one in self._moments.items() if one is not None and one.seen}
 
     @contextmanager
     def collecting(self) -> Iterator[None]:
@@ -114,13 +138,24 @@ class InputCollector:
         if isinstance(found, Tensor):
             self._add(name, found)
 
-    def _add(self, name: str, found: Tensor) -> None:
+    def _add(self, name: str, found: Tensor, part: str = "") -> None:
+        """Count an input of a weight, in moments of one part of it."""
         if not found.is_floating_point() or found.numel() == 0:
             return
-        before = self._samples.get(name, _NOTHING)
-        if self._last is not None and self._last[0] is found and self._last[1] is before:
-            self._samples[name] = self._last[2]
-            return
+        before = _Gathered(
+            self._samples.get(name, self._nothing.sample),
+            self._moments.get(name + part, self._nothing.moment),
+        )
+        last = self._last
+        if (
+            last is None
+            or last[0] is not found
+            or any(a is not b for a, b in zip(last[1], before, strict=True))
+        ):
+            self._last = last = (found, before, self._after(name, found, before))
+        self._samples[name], self._moments[name + part] = last[2]
+
+    def _after(self, name: str, found: Tensor, before: _Gathered) -> _Gathered:
         least, most = found.detach().aminmax()
         largest = max(-float(least), float(most))
         if not math.isfinite(largest):
@@ -129,9 +164,7 @@ class InputCollector:
                 f"got NaN or Inf; check the data, or load the model in bfloat16 or float32 if it overflows "
                 f"in float16"
             )
-        after = before.updated(found.reshape(-1, found.shape[-1]), largest)
-        self._samples[name] = after
-        self._last = (found, before, after)
+        return before.updated(found.reshape(-1, found.shape[-1]), largest)
 
     def _on_experts(
         self, names: tuple[str, str], module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
@@ -154,10 +187,9 @@ class InputCollector:
             }
         for expert, state in routed.items():
             if len(state):
-                self._add(first, state)
-                self._add(
-                    down, _down_input(module, first.rpartition(".")[2], state, expert, names in self._sorted)
-                )
+                self._add(first, state, f"[{expert}]")
+                hidden = _down_input(module, first.rpartition(".")[2], state, expert, names in self._sorted)
+                self._add(down, hidden, f"[{expert}]")
 
 
 def _down_input(experts: nn.Module, key: str, state: Tensor, expert: int, is_sorted: bool) -> Tensor:

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
+from olive.formats import Pairing
+
 # Multiples of min(max|w|, 3 sigma) / normal[7] for the pair rule. Stored scales have 7 significant bits,
 # neighbours 0.8 to 1.6 % apart, so steps of 2 % leave little between them; the optimum of groups of 32 to 128
 # lies inside.
@@ -21,3 +25,26 @@ PAPER_GRID = tuple(round(0.75 + 0.05 * step, 2) for step in range(36))
 # up to 3 % on Student-t(3), whatever shares a scale; the paper's grid up to 20 % on MiniLM, 100 % on
 # Student-t(3).
 OVP8_GRID = PAPER_GRID + tuple(round(2.5 * 1.05**step, 3) for step in range(1, 41))
+
+
+class Grids(NamedTuple):
+    """Which pairs are made, and multiples of the base scales to try."""
+
+    pairing: Pairing
+    pair: list[float]
+    plain: list[float]
+
+
+def search_grids(method: str, codebook: str, group_size: int) -> Grids:
+    """What `ovp_quantize` is to search for a method, a codebook's name and a group size."""
+    if method == "paper":
+        return Grids("paper", list(PAPER_GRID), [])
+    wide = codebook == "flint4" or group_size <= 0
+    return Grids("optimal", list(WIDE_PAIR_GRID if wide else PAIR_GRID), list(PLAIN_GRID))
+
+
+def search_grids8(method: str) -> Grids:
+    """The same for `ovp8_quantize`."""
+    return (
+        Grids("paper", list(PAPER_GRID), []) if method == "paper" else Grids("optimal", list(OVP8_GRID), [])
+    )

@@ -19,8 +19,9 @@ from olive.formats.layout import expand_scale, pad_columns
 from olive.formats.ovp4 import PairTables
 from olive.formats.scales import unpack_scale
 from olive.ops.schemas import FLOATS
-from olive.ptq.grids import PAIR_GRID, PLAIN_GRID
+from olive.ptq.grids import search_grids
 
+SAMPLE_VALUES = 1 << 19  # weights that a fit looks at
 LARGEST = 127  # the largest int8 magnitude: the top outlier and the top plain level sit there
 LLOYD_STEPS = 4  # moves of the levels between two searches: the codes then hardly change any more
 SMALLEST_GAIN = 1e-4  # of the error; less counts as no gain
@@ -125,11 +126,12 @@ def _move_levels(
     return _Levels(new[:_OUTLIER], new[_OUTLIER:_PLAIN], new[_PLAIN:])
 
 
-class _Sample:
+class Sample:
     """Rows of a weight, and the best scales, rules and error that a codebook reaches on them."""
 
-    def __init__(self, rows: Tensor, group_size: int, importance: Tensor | None):
+    def __init__(self, rows: Tensor, group_size: int, importance: Tensor | None, method: str = "search"):
         self.rows, self.group_size, self.importance = rows, group_size, importance
+        self.method = method
         self.padded = pad_columns(rows, 2)
         self.padded_importance = importance
         if importance is not None:
@@ -138,10 +140,8 @@ class _Sample:
     def search(self, codebook: Codebook) -> tuple[float, Tensor, Tensor]:
         """Squared error, and for each column of the padded rows its scale and whether it is plain."""
         table = codebook.tensor().to(self.rows.device)
-        pair_grid, plain_grid = list(PAIR_GRID), list(PLAIN_GRID)
-        codes, stored = ops.ovp_quantize(
-            self.rows, table, self.group_size, "optimal", pair_grid, plain_grid, self.importance
-        )
+        grids = search_grids(self.method, codebook.name, self.group_size)
+        codes, stored = ops.ovp_quantize(self.rows, table, self.group_size, *grids, self.importance)
         count, width = self.rows.shape
         decoded = ops.ovp_decode(codes, stored, table, width, self.group_size, torch.float32)
         squared = (decoded - self.rows).square_()
@@ -151,7 +151,7 @@ class _Sample:
         return float(squared.sum(dtype=torch.float64)), scale, plain
 
 
-def _sample_rows(weight: Tensor, sample_values: int, seed: int) -> Tensor:
+def sample_rows(weight: Tensor, sample_values: int, seed: int = 0) -> Tensor:
     """Rows drawn without replacement, as float32; whole ones, so that groups and importance stay in place."""
     rows, columns = weight.shape
     count = min(rows, max(1, -(-sample_values // columns)))
@@ -167,7 +167,7 @@ def fit_codebook(
     importance: Tensor | None = None,
     *,
     iterations: int = 6,
-    sample_values: int = 1 << 19,
+    sample_values: int = SAMPLE_VALUES,
     seed: int = 0,
 ) -> Codebook:
     """Fit the three tables of a codebook to a weight.
@@ -198,7 +198,7 @@ def fit_codebook(
         raise TypeError(f"weight: expected float32, bfloat16 or float16, got {weight.dtype}")
     if weight.dim() != 2 or 0 in weight.shape:
         raise ValueError(f"weight: expected shape [N, K] with N, K >= 1, got {tuple(weight.shape)}")
-    sample = _Sample(_sample_rows(weight, sample_values, seed), group_size, importance)
+    sample = Sample(sample_rows(weight, sample_values, seed), group_size, importance)
     adaptive = CODEBOOKS["adaptive"]
     best = Codebook(LEARNED, adaptive.normal, adaptive.outlier, adaptive.plain)
     best_error, scale, plain = sample.search(best)

@@ -2,20 +2,17 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from olive import ops
-from olive.config import PAPER_CODEBOOKS, QuantConfig
-from olive.formats import PAPER, Pairing
-from olive.formats.codebooks import LEARNED, Codebook, get_codebook
+from olive.config import QuantConfig
+from olive.formats.codebooks import Codebook
 from olive.ops.schemas import FLOATS
-from olive.ptq.grids import OVP8_GRID, PAIR_GRID, PAPER_GRID, PLAIN_GRID, WIDE_PAIR_GRID
-from olive.ptq.learned import fit_codebook
-from olive.ptq.noise import energies
+from olive.ptq.choose import choose_codebook
+from olive.ptq.grids import search_grids, search_grids8
 
 
 class QuantizedWeight(NamedTuple):
@@ -33,60 +30,43 @@ class QuantizedWeight8(NamedTuple):
     scale: Tensor  # int16 [N, G]
 
 
-class Grids(NamedTuple):
-    """Which pairs are made, and multiples of the base scales to try."""
-
-    pairing: Pairing
-    pair: list[float]
-    plain: list[float]
-
-
-def search_grids(method: str, codebook: str, group_size: int) -> Grids:
-    """What `ovp_quantize` is to search for a method, a codebook's name and a group size."""
-    if method == "paper":
-        return Grids("paper", list(PAPER_GRID), [])
-    wide = codebook == "flint4" or group_size <= 0
-    return Grids("optimal", list(WIDE_PAIR_GRID if wide else PAIR_GRID), list(PLAIN_GRID))
-
-
-def search_grids8(method: str) -> Grids:
-    """The same for `ovp8_quantize`."""
-    return (
-        Grids("paper", list(PAPER_GRID), []) if method == "paper" else Grids("optimal", list(OVP8_GRID), [])
-    )
-
-
 def quantize_weight(
-    weight: Tensor, config: QuantConfig, *, importance: Tensor | None = None, name: str = "weight"
+    weight: Tensor,
+    config: QuantConfig,
+    *,
+    importance: Tensor | None = None,
+    codebook: Codebook | None = None,
+    name: str = "weight",
 ) -> QuantizedWeight:
-    """Quantize one weight to 4 bits as the configuration says, on the device it is on.
+    """Quantize one weight to 4 bits by the search that the configuration names, on the device it is on.
 
     Args:
         weight: float32, bfloat16 or float16 [N, K].
-        config: codebook, group size and method.
+        config: codebook, group size and method; "gptq" needs more than a weight and searches here.
         importance: float32 [K], from 0 to 2^64, weighs the squared error of each column; None = all alike.
-            Codebook "paper" takes none.
+        codebook: one that was chosen before; None = as the configuration says.
         name: what to call the weight in errors.
 
     Raises:
-        ValueError: not two-dimensional, empty, or not finite; a configuration of 8 bits.
+        ValueError: not two-dimensional, empty, or not finite; a configuration of 8 bits; importance with
+            method "paper", which has none.
         TypeError: not a float type.
     """
-    weight = _checked(weight, name)
+    weight = checked(weight, name)
     if config.bits != 4:
         raise ValueError(f"config: expected bits=4, got {config.bits}; see quantize_weight8")
-    if config.codebook != PAPER:
-        return _search(weight, config, importance)
-    if importance is not None:
-        raise ValueError("importance: expected None with codebook 'paper', got a tensor")
-    both = [_search(weight, replace(config, codebook=one), None) for one in PAPER_CODEBOOKS]
-    noise = [energies(weight, one.codes, one.scale, one.codebook, config.group_size)[1] for one in both]
-    return both[1] if noise[1] < noise[0] else both[0]
+    if importance is not None and config.method == "paper":
+        raise ValueError("importance: expected None with method 'paper', got a tensor")
+    book = codebook or choose_codebook(weight, config, importance)
+    table = book.tensor().to(weight.device)
+    grids = search_grids(config.method, book.name, config.group_size)
+    codes, scale = ops.ovp_quantize(weight, table, config.group_size, *grids, importance)
+    return QuantizedWeight(codes, scale, table)
 
 
 def quantize_weight8(weight: Tensor, config: QuantConfig, *, name: str = "weight") -> QuantizedWeight8:
     """Quantize one weight to 8 bits; arguments and errors as in `quantize_weight`."""
-    weight = _checked(weight, name)
+    weight = checked(weight, name)
     if config.bits != 8:
         raise ValueError(f"config: expected bits=8, got {config.bits}; see quantize_weight")
     grids = search_grids8(config.method)
@@ -94,7 +74,8 @@ def quantize_weight8(weight: Tensor, config: QuantConfig, *, name: str = "weight
     return QuantizedWeight8(codes, scale)
 
 
-def _checked(weight: Tensor, name: str) -> Tensor:
+def checked(weight: Tensor, name: str) -> Tensor:
+    """The weight without its graph; errors as in `quantize_weight`."""
     if weight.dtype not in FLOATS:
         raise TypeError(f"{name}: expected float32, bfloat16 or float16, got {weight.dtype}")
     if weight.dim() != 2 or 0 in weight.shape:
@@ -107,15 +88,3 @@ def _checked(weight: Tensor, name: str) -> Tensor:
             f"repair the checkpoint or leave this module out with QuantConfig(skip=...)"
         )
     return weight.detach()
-
-
-def _search(weight: Tensor, config: QuantConfig, importance: Tensor | None) -> QuantizedWeight:
-    """4 bits with one codebook."""
-    if config.codebook == LEARNED:
-        book: Codebook = fit_codebook(weight, config.group_size, importance)
-    else:
-        book = get_codebook(config.codebook)
-    table = book.tensor().to(weight.device)
-    grids = search_grids(config.method, config.codebook, config.group_size)
-    codes, scale = ops.ovp_quantize(weight, table, config.group_size, *grids, importance)
-    return QuantizedWeight(codes, scale, table)

@@ -14,8 +14,8 @@ from tests.hf.tiny import tiny_llama
 
 @pytest.fixture(autouse=True)
 def quick_and_quiet(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("olive.ptq.search.PAIR_GRID", (0.6, 0.9))
-    monkeypatch.setattr("olive.ptq.search.PLAIN_GRID", (0.8,))
+    monkeypatch.setattr("olive.ptq.grids.PAIR_GRID", (0.6, 0.9))
+    monkeypatch.setattr("olive.ptq.grids.PLAIN_GRID", (0.8,))
     transformers.utils.logging.disable_progress_bar()
 
 

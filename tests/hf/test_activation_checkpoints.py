@@ -38,9 +38,9 @@ CONFIGS = {
 
 @pytest.fixture(autouse=True)
 def quick8(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("olive.ptq.search.OVP8_GRID", (1.0, 2.0))
-    monkeypatch.setattr("olive.ptq.search.PAPER_GRID", (1.0, 1.6))
-    monkeypatch.setattr("olive.ptq.search.WIDE_PAIR_GRID", (0.8, 1.6))
+    monkeypatch.setattr("olive.ptq.grids.OVP8_GRID", (1.0, 2.0))
+    monkeypatch.setattr("olive.ptq.grids.PAPER_GRID", (1.0, 1.6))
+    monkeypatch.setattr("olive.ptq.grids.WIDE_PAIR_GRID", (0.8, 1.6))
 
 
 def quantized(config: olive.QuantConfig, model: nn.Module | None = None) -> nn.Module:

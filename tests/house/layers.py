@@ -17,6 +17,7 @@ LAYERS: tuple[frozenset[str], ...] = (
     frozenset({"frameworks", "ops", "presets"}),
     frozenset({"nn"}),
     frozenset({"walk", "ptq"}),
+    frozenset({"sequential"}),
     frozenset({"quantization", "qat", "lift"}),
     frozenset({"doctor", "eval", "hf", "reports"}),
     frozenset({"cli"}),

@@ -15,7 +15,7 @@ import transformers
 from transformers.models.llama import LlamaForCausalLM  # what it imports is no part of the measurement
 
 import olive
-import olive.ptq.search
+import olive.ptq.grids
 import olive.quantization
 from olive.ops import cpu_backend
 
@@ -46,7 +46,7 @@ def peak_of(work: Callable[[], object]) -> tuple[object, int]:
 def search_cheaply() -> None:
     """One scale per group, without compiled kernels a few rows at a time: how weights come and go counts."""
     search = olive.quantization.quantize_weight
-    olive.ptq.search.PAIR_GRID = (0.9,)
+    olive.ptq.grids.PAIR_GRID = (0.9,)
     if cpu_backend() != "reference":
         return
 

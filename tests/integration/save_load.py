@@ -19,10 +19,10 @@ def save(seed: str, *jobs: str) -> None:
 
     torch.set_num_threads(1)
     import olive
-    import olive.ptq.search
+    import olive.ptq.grids
     from tests.hf.tiny import tiny_llama
 
-    olive.ptq.search.PAIR_GRID, olive.ptq.search.PLAIN_GRID = (0.6, 0.9), (0.8,)
+    olive.ptq.grids.PAIR_GRID, olive.ptq.grids.PLAIN_GRID = (0.6, 0.9), (0.8,)
     model = olive.quantize(tiny_llama(int(seed)), olive.QuantConfig(group_size=32))
     for job in jobs:
         point, _, path = job.partition(":")

@@ -30,8 +30,8 @@ POINTS = ["config", "text of config", *MIXED, "index"]
 @pytest.fixture(autouse=True, scope="module")
 def quick() -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("olive.ptq.search.PAIR_GRID", (0.6, 0.9))
-        patch.setattr("olive.ptq.search.PLAIN_GRID", (0.8,))
+        patch.setattr("olive.ptq.grids.PAIR_GRID", (0.6, 0.9))
+        patch.setattr("olive.ptq.grids.PLAIN_GRID", (0.8,))
         yield
 
 

@@ -56,7 +56,7 @@ def test_error_of_real_weights_is_below_that_of_adaptive(minilm_weight: Tensor) 
 def test_fit_gains_on_heavy_tails() -> None:
     weight = draw("student-t4")
     fitted = squared_error(weight, fit_codebook(weight, -1), -1)
-    assert fitted < 0.97 * squared_error(weight, CODEBOOKS["adaptive"], -1)
+    assert fitted < 0.98 * squared_error(weight, CODEBOOKS["adaptive"], -1)
 
 
 def test_a_sample_serves_the_whole_weight() -> None:

@@ -86,8 +86,8 @@ def test_bits_have_a_function_each() -> None:
         quantize_weight(weight, QuantConfig(bits=8))
     with pytest.raises(ValueError, match="config: expected bits=8, got 4; see quantize_weight"):
         quantize_weight8(weight, QuantConfig())
-    with pytest.raises(ValueError, match="importance: expected None with codebook 'paper', got a tensor"):
-        quantize_weight(weight, QuantConfig(codebook="paper"), importance=torch.ones(8))
+    with pytest.raises(ValueError, match="importance: expected None with method 'paper', got a tensor"):
+        quantize_weight(weight, QuantConfig(codebook="paper", method="paper"), importance=torch.ones(8))
     with pytest.raises(ValueError, match=r"fc.weight: expected finite values, got nan at \[0, 0\]"):
         quantize_weight8(weight * math.nan, QuantConfig(bits=8), name="fc.weight")
 

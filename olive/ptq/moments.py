@@ -1,0 +1,82 @@
+"""Second moments of a layer's inputs: what an error in a column of its weight costs the output.
+
+With inputs x the squared error of an output is (w - q)^T H (w - q), H the sum of x x^T. GPTQ needs H itself;
+a search that decides every value on its own needs the diagonal.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+from typing import Self
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Moment(ABC):
+    """A sum over rows of inputs.
+
+    Args:
+        total: the sum; None before the first row.
+        seen: how many rows there were.
+    """
+
+    total: Tensor | None = None
+    seen: int = 0
+
+    @abstractmethod
+    def _plus(self, rows: Tensor) -> Tensor: ...
+
+    def updated(self, rows: Tensor) -> Self:
+        """With more rows [T, K] added."""
+        return type(self)(self._plus(rows.detach()), self.seen + len(rows))
+
+    @abstractmethod
+    def energy(self) -> Tensor:
+        """Sum of squares of each column, float64 [K]; there has to be a row."""
+
+
+# Rows of inputs per column that GPTQ takes: with fewer, it makes up for errors on the sample, not on the
+# data.
+LEAST_ROWS = 0.25
+# Of the mean, added to every column: one that the data left at zero must not be rounded at random.
+FLOOR = 0.01
+
+
+def relative(energy: Tensor) -> Tensor | None:
+    """What errors in each column cost, float32 [K], the largest 1; None if every input was zero."""
+    energy = energy + FLOOR * energy.mean()
+    largest = energy.max()
+    return (energy / largest).float() if bool(largest > 0) else None
+
+
+class ColumnMoment(Moment):
+    """Sum of squares of each column: float64 [K]."""
+
+    def _plus(self, rows: Tensor) -> Tensor:
+        energy = rows.float().square().sum(0, dtype=torch.float64)
+        return energy if self.total is None else self.total + energy
+
+    def energy(self) -> Tensor:
+        assert self.total is not None
+        return self.total
+
+
+class SecondMoment(Moment):
+    """H, the sum of x x^T: float32 [K, K], on the inputs' device."""
+
+    def _plus(self, rows: Tensor) -> Tensor:
+        rows = rows.float()
+        return rows.T @ rows if self.total is None else torch.addmm(self.total, rows.T, rows)
+
+    def energy(self) -> Tensor:
+        assert self.total is not None
+        return self.total.diagonal().double()
+
+    def can_compensate(self) -> bool:
+        """Whether there are enough rows, and any input that is not zero."""
+        if self.total is None or self.seen < LEAST_ROWS * len(self.total):
+            return False
+        return bool(self.total.diagonal().any())
