@@ -53,6 +53,9 @@ class QuantConfig:
         damping: of "gptq": what is added to the diagonal of the inputs' second moments, in units of its mean.
         activation_order: of "gptq": pairs of columns with the largest inputs go first. Scales are then chosen
             before any error is made up for.
+        rotate: rotate the residual stream by a Hadamard matrix that is folded into the weights, norms too:
+            the same function with outliers spread over all channels. For Llama-like models of transformers
+            (`olive.ptq.rotation.ROTATABLE`).
 
     Raises:
         ValueError: a value out of its set, or values that do not go together.
@@ -69,6 +72,7 @@ class QuantConfig:
     activation_codebook: str = "int4"
     damping: float = 0.01
     activation_order: bool = False
+    rotate: bool = False
 
     quant_method: ClassVar[str] = (
         "olive"  # by which transformers finds the quantizer of a `quantization_config`
@@ -81,6 +85,7 @@ class QuantConfig:
         self._check_codebook()
         self._check_activations()
         self._check_gptq()
+        _expect("rotate", self.rotate, (False, True))
         if isinstance(self.skip, str) or not all(isinstance(name, str) for name in self.skip):
             raise TypeError(f"skip: expected a tuple of module names, got {self.skip!r}")
         object.__setattr__(self, "skip", tuple(self.skip))

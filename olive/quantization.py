@@ -18,6 +18,7 @@ from olive.ptq.batches import calls, check_batches, run_batches
 from olive.ptq.calibration import InputCollector
 from olive.ptq.moments import ColumnMoment
 from olive.ptq.parameter import StoredWeight, quantize_parameter
+from olive.ptq.rotation import rotate
 from olive.sequential import Replacements, SequentialQuantizer, collector_for
 from olive.walk import Inventory, attach_config, attached_config, check_skip, exchange, walk
 
@@ -68,18 +69,29 @@ def quantize(
     _check_arguments(model, config, calibration, tokenizer)
     inventory = walk(model, config)
     _check_inventory(model, config, inventory)
-    data = calibration or ()
-    if config.method == "gptq":
-        replacements = _quantize_in_sequence(model, config, inventory, data, tokenizer, progress)
-    else:
-        collector = (
-            None if calibration is None else _calibrate(model, config, inventory, data, tokenizer, progress)
-        )
-        replacements = _quantize_at_once(config, inventory, collector, progress)
-    if calibration is not None:
-        _warn_of_unreached(replacements, inventory)  # before the exchange: a warning may be an error
-    _exchange(model, replacements, lambda: _mark(model, config), lambda: _unmark(model))
+    undo = rotate(model) if config.rotate else _nothing
+    try:
+        if config.rotate:
+            inventory = walk(model, config)  # a head that was tied has a weight of its own now
+        data = () if calibration is None else calibration
+        if config.method == "gptq":
+            replacements = _quantize_in_sequence(model, config, inventory, data, tokenizer, progress)
+        else:
+            known = None
+            if calibration is not None:
+                known = _calibrate(model, config, inventory, data, tokenizer, progress)
+            replacements = _quantize_at_once(config, inventory, known, progress)
+        if calibration is not None:
+            _warn_of_unreached(replacements, inventory)  # before the exchange: a warning may be an error
+        _exchange(model, replacements, lambda: _mark(model, config), lambda: _unmark(model))
+    except BaseException:  # Ctrl-C too
+        undo()
+        raise
     return model
+
+
+def _nothing() -> None:
+    pass
 
 
 def _quantize_at_once(

@@ -172,8 +172,8 @@ class QuantizeOnLoad:
         files: of the checkpoint.
 
     Raises:
-        ValueError: nothing in the model can be quantized, a name in `skip` that it does not have, or static
-            activations, which need calibration on the loaded model.
+        ValueError: nothing in the model can be quantized, a name in `skip` that it does not have, or a
+            configuration that needs the loaded model: static activations, method "gptq", rotation.
     """
 
     def __init__(self, model: Any, config: QuantConfig, files: list[str]) -> None:
@@ -182,6 +182,13 @@ class QuantizeOnLoad:
                 "quantization_config: expected dynamic activation scales in from_pretrained, got static ones "
                 "(activation_group_size=0), which need data; load the model without it first, then call "
                 "olive.quantize(model, config, calibration=...), or use activation_group_size=-1"
+            )
+        if config.method == "gptq" or config.rotate:
+            wanted = "rotate=True, which changes" if config.rotate else "method 'gptq', which runs"
+            raise ValueError(
+                f"quantization_config: expected a configuration for single tensors in from_pretrained, got "
+                f"{wanted} the whole model; load the model without it first, then call "
+                f"olive.quantize(model, config)"
             )
         check_skip(model, config.skip)
         self._config = config
