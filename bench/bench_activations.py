@@ -42,7 +42,13 @@ class Plain(NamedTuple):
     activation_bits: int
 
 
-Setting = QuantConfig | Plain | None
+class PlainPerToken(NamedTuple):
+    """Weights as `QuantConfig()` has them; inputs as symmetric integers, a token's largest magnitude its scale."""
+
+    bits: int
+
+
+Setting = QuantConfig | Plain | PlainPerToken | None
 SETTINGS: dict[str, Setting] = {
     "full precision": None,
     "W4A16": QuantConfig(),
@@ -54,6 +60,19 @@ SETTINGS: dict[str, Setting] = {
     "W4A4, ovp4 int4 per token": QuantConfig(activations="ovp4"),
     "W4A4, ovp4 adaptive per token and 32": QuantConfig(
         activations="ovp4", activation_group_size=32, activation_codebook="adaptive"
+    ),
+    "W4A16, rotated": QuantConfig(rotate=True),
+    "W4A8, int8 per token, rotated": QuantConfig(activations="int8", rotate=True),
+    "W4A4, ovp4 int4 per token, rotated": QuantConfig(activations="ovp4", rotate=True),
+    "W4A4, ovp4 adaptive per token and 32, rotated": QuantConfig(
+        activations="ovp4", activation_group_size=32, activation_codebook="adaptive", rotate=True
+    ),
+    "W4A4, ovp4 adaptive per token and 128, rotated": QuantConfig(
+        activations="ovp4", activation_group_size=128, activation_codebook="adaptive", rotate=True
+    ),
+    "W4A4, plain int4 activations per token": PlainPerToken(4),
+    "W8A8, ovp8 static, rotated": QuantConfig(
+        bits=8, activations="ovp8", activation_group_size=0, rotate=True
     ),
     "W8A16": QuantConfig(bits=8),
     "W8A8, ovp8 per token": QuantConfig(bits=8, activations="ovp8"),
@@ -106,11 +125,24 @@ def quantize_plainly(model: nn.Module, setting: Plain, batches: list[Any]) -> No
         module.register_forward_pre_hook(round_input)
 
 
+def round_inputs_per_token(model: nn.Module, bits: int) -> None:
+    """Round what reaches each quantized layer, in hooks that stay on the model."""
+
+    def round_input(_: nn.Module, inputs: tuple[Any, ...]) -> tuple[Any, ...]:
+        return (_round(inputs[0], inputs[0].abs().amax(-1, keepdim=True), bits), *inputs[1:])
+
+    for target in walk(model).quantized:
+        target.module.register_forward_pre_hook(round_input)
+
+
 def apply(model: Any, setting: Setting, batches: list[Any]) -> Any:
     """A copy of the model, quantized."""
     model = copy.deepcopy(model)
     if isinstance(setting, Plain):
         quantize_plainly(model, setting, batches)
+    elif isinstance(setting, PlainPerToken):
+        olive.quantize(model, progress=False)
+        round_inputs_per_token(model, setting.bits)
     elif setting is not None:
         static = setting.activations is not None and setting.activation_group_size == 0
         olive.quantize(model, setting, calibration=batches if static else None, progress=False)
@@ -145,6 +177,7 @@ def minilm_distances(settings: dict[str, Setting]) -> dict[str, float]:
     return {
         name: embedding_distance(mean_pooled(apply(model, setting, batches), tokens), reference)
         for name, setting in settings.items()
+        if not (isinstance(setting, QuantConfig) and setting.rotate)  # for models of Llama's kind
     }
 
 

@@ -15,6 +15,7 @@ from olive.hf.register import register_when_imported
 
 if TYPE_CHECKING:
     from olive.config import QuantConfig as QuantConfig
+    from olive.ptq.windows import calibration_windows as calibration_windows
     from olive.quantization import dequantize as dequantize
     from olive.quantization import quantize as quantize
     from olive.reports import report as report
@@ -23,11 +24,12 @@ __version__ = "0.1.0"
 
 _PUBLIC = {
     "QuantConfig": "olive.config",
+    "calibration_windows": "olive.ptq.windows",
     "dequantize": "olive.quantization",
     "quantize": "olive.quantization",
     "report": "olive.reports",
 }
-__all__ = ["QuantConfig", "__version__", "dequantize", "quantize", "report"]
+__all__ = ["QuantConfig", "__version__", "calibration_windows", "dequantize", "quantize", "report"]
 __getattr__, __dir__ = lazy_attributes(__name__, _PUBLIC)
 
 register_when_imported()

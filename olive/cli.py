@@ -35,20 +35,32 @@ def quantize(
     model: Annotated[str, typer.Argument(help="Hub id or folder of a causal language model.")],
     output: Annotated[Path, typer.Argument(help="Folder for the quantized checkpoint; must not exist.")],
     codebook: Annotated[
-        str, typer.Option(help="adaptive, nf4, int4, flint4, learned or paper; 8 bits have none.")
+        str, typer.Option(help="adaptive, nf4, int4, flint4, learned, auto or paper; 8 bits have none.")
     ] = "adaptive",
     group_size: Annotated[int, typer.Option(help="32, 64, 128, -1 per channel, 0 per tensor.")] = 128,
     bits: Annotated[int, typer.Option(help="Per weight: 4 or 8.")] = 4,
     activations: Annotated[
         str | None, typer.Option(help="int8, ovp4 or ovp8; the default leaves them alone.")
     ] = None,
-    activation_group_size: Annotated[int, typer.Option(help="-1 per token, or 32, 64, 128.")] = -1,
+    activation_group_size: Annotated[int, typer.Option(help="-1 per token, 32, 64, 128, or 0: static.")] = -1,
     activation_codebook: Annotated[
         str, typer.Option(help="Of ovp4: int4, flint4, nf4 or adaptive.")
     ] = "int4",
+    method: Annotated[
+        str, typer.Option(help="search; gptq makes up for errors, and needs --calibration.")
+    ] = "search",
+    rotate: Annotated[
+        bool, typer.Option(help="Spread outliers over all channels; Llama-like models.")
+    ] = False,
+    calibration: Annotated[
+        Path | None,
+        typer.Option(help="Text file; the model is then loaded whole.", dir_okay=False, exists=True),
+    ] = None,
+    window: Annotated[int, typer.Option(help="Tokens per window of the calibration text.")] = 2048,
+    windows: Annotated[int, typer.Option(help="Windows of it, at most.")] = 128,
     dtype: Annotated[str, typer.Option(help="auto, float32, bfloat16 or float16.")] = "auto",
 ) -> None:
-    """Quantize a checkpoint while it is loaded, and save it with its tokenizer."""
+    """Quantize a checkpoint, while it is loaded where that can be, and save it with its tokenizer."""
     import olive
 
     try:
@@ -59,14 +71,14 @@ def quantize(
             activations=activations,
             activation_group_size=activation_group_size,
             activation_codebook=activation_codebook,
+            method=method,
+            rotate=rotate,
         )
     except ValueError as error:
         raise typer.BadParameter(str(error)) from error
-    if activation_group_size == 0:
+    if config.needs_calibration and calibration is None:
         raise typer.BadParameter(
-            "expected -1, 32, 64 or 128, got 0: static scales need calibration data; load the model in "
-            "Python and call olive.quantize(model, config, calibration=...)",
-            param_hint="--activation-group-size",
+            f"expected a text file for {config.needs_calibration}, got none", param_hint="--calibration"
         )
     if output.exists():
         raise typer.BadParameter(
@@ -76,7 +88,15 @@ def quantize(
         from transformers import AutoModelForCausalLM, AutoTokenizer
     except ImportError as error:
         raise RuntimeError("transformers: expected to be installed; `pip install olive-quant[hf]`") from error
-    loaded = AutoModelForCausalLM.from_pretrained(model, quantization_config=config, dtype=dtype)
+    if calibration is None and not rotate:
+        loaded = AutoModelForCausalLM.from_pretrained(model, quantization_config=config, dtype=dtype)
+    else:
+        loaded = AutoModelForCausalLM.from_pretrained(model, dtype=dtype)
+        data = None
+        if calibration is not None:
+            tokenizer = AutoTokenizer.from_pretrained(model)
+            data = olive.calibration_windows(calibration.read_text(), tokenizer, window=window, count=windows)
+        olive.quantize(loaded, config, calibration=data)
     print(olive.report(loaded).table())
     loaded.save_pretrained(output)
     try:

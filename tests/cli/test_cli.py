@@ -101,11 +101,30 @@ def test_quantize_with_activations(model_path, tmp_path):
     assert (layer.bits, layer.activation_format.name, layer.activation_format.group_size) == (8, "int8", 64)
 
 
+def test_quantize_with_gptq_and_rotation(model_path, tmp_path, monkeypatch):
+    monkeypatch.setattr("olive.ptq.gptq.MULTIPLES", (1.0,))
+    monkeypatch.setattr("olive.ptq.grids.PAIR_GRID", (0.6, 0.9))
+    out = tmp_path / "quantized"
+    text = f"{model_path}/heldout.txt"
+    options = ["--method", "gptq", "--codebook", "nf4", "--rotate", "--calibration", text]
+    result = CliRunner().invoke(
+        app, ["quantize", model_path, str(out), *options, "--window", "64", "--windows", "16"]
+    )
+    assert result.exit_code == 0, result.output
+    quant = transformers.AutoModelForCausalLM.from_pretrained(out).config.quantization_config.quant
+    assert (quant.method, quant.codebook, quant.rotate) == ("gptq", "nf4", True)
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
         (["--bits", "8", "--codebook", "nf4"], "codebook: expected 'ovp8' with bits=8"),
-        (["--activations", "int8", "--activation-group-size", "0"], "static scales need calibration data"),
+        (
+            ["--activations", "int8", "--activation-group-size", "0"],
+            "expected a text file for static activation scales, got none",
+        ),
+        (["--method", "gptq"], "expected a text file for method 'gptq', got none"),
+        (["--calibration", "no_such_file"], "no_such_file"),
         (["--activation-codebook", "nf4"], "activation_codebook: expected 'int4' unless"),
     ],
 )
