@@ -59,6 +59,29 @@ void decode(uintptr_t codes, uintptr_t scale, uintptr_t codebook, int64_t n, int
   ovp_decode(chosen, codes_from, scale_from, book, n, k, group_size, to, out_type);
 }
 
+void compensate(uintptr_t values, uintptr_t scale, int64_t scales_per_row, uintptr_t factor, uintptr_t codebook,
+                int64_t rows, int64_t columns, uintptr_t codes, uintptr_t errors, uintptr_t loss,
+                const std::string& isa) {
+  check_shape(rows, columns, -1);
+  if (columns % 2 != 0) throw std::invalid_argument("columns: expected an even number");
+  if (scales_per_row != 1 && scales_per_row != columns / 2) {
+    throw std::invalid_argument("scales_per_row: expected 1, or one per pair");
+  }
+  const Compensation run = {pointer<const float>("values", values),
+                            pointer<const int16_t>("scale", scale),
+                            scales_per_row,
+                            pointer<const float>("factor", factor),
+                            rows,
+                            columns,
+                            codebook_at(codebook),
+                            pointer<uint8_t>("codes", codes),
+                            pointer<float>("errors", errors),
+                            pointer<float>("loss", loss)};
+  const Isa chosen = isa_of(isa);
+  py::gil_scoped_release release;
+  ovp_compensate(chosen, run);
+}
+
 void pack(uintptr_t codes, uintptr_t scale, int64_t n, int64_t k, int group_size, uintptr_t packed_codes,
           uintptr_t packed_scale) {
   check_shape(n, k, group_size);
@@ -236,6 +259,7 @@ PYBIND11_MODULE(OLIVE_CPU_MODULE, module) {
   module.def("quantize", &olive::quantize);
   module.def("encode", &olive::encode);
   module.def("decode", &olive::decode);
+  module.def("compensate", &olive::compensate);
   module.def("pack", &olive::pack);
   module.def("unpack", &olive::unpack);
   module.def("linear", &olive::linear);

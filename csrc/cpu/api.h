@@ -18,6 +18,8 @@ void ovp_encode(Isa isa, const Weight& weight, const Codebook& book, bool paper_
 void ovp_decode(Isa isa, const uint8_t* codes, const int16_t* scale, const Codebook& book, int64_t n, int64_t k,
                 int group_size, void* out, Float type);
 
+void ovp_compensate(Isa isa, const Compensation& run);
+
 // Canonical [N, ceil(K / 2)] to packed [ceil(N / 16), K' / 8, 64], and back; scales alike.
 struct PackShape {
   int64_t n, k;

@@ -9,6 +9,8 @@ namespace {
 
 #include "cpu/encode8.inl"
 
+#include "cpu/compensate.inl"
+
 #include "cpu/decode.inl"
 
 #include "cpu/decode8.inl"

@@ -7,6 +7,7 @@ set.row_statistics = row_statistics;
 set.row_errors = row_errors;
 set.encode_rows = encode_rows;
 set.decode_rows = decode_rows;
+set.compensate_rows = compensate_rows;
 set.search8_rows = search8_rows;
 set.row8_errors = row8_errors;
 set.encode8_rows = encode8_rows;

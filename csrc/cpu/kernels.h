@@ -129,6 +129,19 @@ struct Linear8 {
   Float out_type;
 };
 
+// A run of columns to round with error compensation, row-major; see ops/compensate.py for the definition.
+struct Compensation {
+  const float* values;     // [rows, columns], columns even
+  const int16_t* scale;    // [rows, scales_per_row]
+  int64_t scales_per_row;  // 1, or one per pair
+  const float* factor;     // U [columns, columns], upper
+  int64_t rows, columns;
+  Codebook book;
+  uint8_t* codes;  // [rows, columns / 2]
+  float* errors;   // [rows, columns]
+  float* loss;     // [rows]
+};
+
 struct Kernels {
   // Convert rows [begin, end) of x [M, K]; rows past M become zero.
   void (*convert_rows)(const Activations& to, const void* x, Float type, int64_t k, int64_t begin, int64_t end);
@@ -155,6 +168,8 @@ struct Kernels {
   // Decode rows [begin, end) of canonical codes to [N, K].
   void (*decode_rows)(const uint8_t* codes, const int16_t* scale, const Codebook&, int64_t k, int group_size,
                       int64_t begin, int64_t end, void* out, Float type);
+  // Round rows [begin, end).
+  void (*compensate_rows)(const Compensation&, int64_t begin, int64_t end);
   // Eight bits, likewise. search8_rows: not for per-tensor scales; row8_errors: errors[candidate] for `scales`.
   bool (*search8_rows)(const Weight&, const Search&, int64_t begin, int64_t end, uint8_t* codes, int16_t* scale);
   void (*row8_errors)(const Weight&, bool paper_pairing, int64_t row, const float* scales, int count, double* errors);

@@ -186,6 +186,12 @@ void ovp8_decode(Isa isa, const uint8_t* codes, const int16_t* scale, int64_t n,
   });
 }
 
+void ovp_compensate(Isa isa, const Compensation& run) {
+  const Kernels& kernels = kernels_for(isa);
+  constexpr int64_t kTurn = 64;  // rows; whole lane vectors
+  for_rows(run.rows, kTurn, [&](int64_t begin, int64_t end) { kernels.compensate_rows(run, begin, end); });
+}
+
 void quantize_activations(Isa isa, const ActivationSource& source, const LevelTarget& target) {
   const Kernels& kernels = kernels_for(isa);
   for_rows(source.rows, rows_per_turn(source.k),

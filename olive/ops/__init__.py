@@ -4,6 +4,7 @@ import torch
 
 from olive.ops import (  # noqa: F401  (registers)
     autograd,
+    compensate,
     cpu_quantized,
     reference,
     reference_quantized,
@@ -16,6 +17,7 @@ from olive.ops.gpu import gpu_backend, has_packed_layout  # registers
 
 ovp_quantize = torch.ops.olive.ovp_quantize
 ovp_encode = torch.ops.olive.ovp_encode
+ovp_compensate = torch.ops.olive.ovp_compensate
 ovp_decode = torch.ops.olive.ovp_decode
 ovp_pack = torch.ops.olive.ovp_pack
 ovp_unpack = torch.ops.olive.ovp_unpack
@@ -34,6 +36,7 @@ __all__ = [
     "ovp8_decode",
     "ovp8_linear",
     "ovp8_quantize",
+    "ovp_compensate",
     "ovp_decode",
     "ovp_encode",
     "ovp_linear",

@@ -14,9 +14,11 @@ from torch import Tensor
 
 from olive.formats import GROUP_SIZES
 from olive.ops import cpu, reference
+from olive.ops.compensate import ovp_compensate_cpu, ovp_compensate_reference
 from tests.avx512.module import EMULATED_ISAS, NEEDS_EMULATOR
 from tests.ops.cpu_cases import BOOKS, DTYPES, heavy_tailed, random_weight
 from tests.ops.fixed_point import assert_same_bits, ovp_linear_fixed_point
+from tests.ops.test_compensate import compensation_case
 
 pytestmark = NEEDS_EMULATOR
 EACH_ISA = pytest.mark.parametrize("isa", EMULATED_ISAS)
@@ -99,3 +101,13 @@ def test_quantize_encode_and_decode_equal_the_reference(
         )
         stored = (codes, scale, table, columns, group_size, dtype)
         assert_same_bits(cpu.ovp_decode_cpu(*stored, isa), reference.ovp_decode_reference(*stored))
+
+
+@EACH_ISA
+@pytest.mark.parametrize("codebook", ["int4", "adaptive"])
+def test_compensation_follows_the_definition(codebook: str, isa: str, emulated: ModuleType) -> None:
+    case = compensation_case(37, 64, codebook, "mixed", False)
+    expected, found = ovp_compensate_reference(*case), ovp_compensate_cpu(*case, isa=isa)
+    same = (found[0] == expected[0]).all(1)
+    assert float(same.double().mean()) >= 0.9
+    assert torch.allclose(found[2][same], expected[2][same], rtol=1e-4)

@@ -9,7 +9,7 @@ from typer.testing import CliRunner
 
 typer = pytest.importorskip("typer")
 
-from bench import bench_generate, bench_ovp_decode, bench_ovp_encode, bench_ovp_linear, plots  # noqa: E402
+from bench import bench_generate, bench_gptq, bench_ovp_decode, bench_ovp_encode, bench_ovp_linear, plots  # noqa: E402
 from bench.timing import copies_for, take_turns  # noqa: E402
 
 
@@ -22,6 +22,14 @@ def test_tiny_run_prints_a_table(module, tmp_path, monkeypatch):
     assert result.exit_code == 0, result.output
     assert "olive" in result.output or "ovp" in result.output or "bfloat16" in result.output
     assert not list(tmp_path.iterdir()), "a smoke run leaves no figures"
+
+
+def test_gptq_bench_prints_a_table():
+    app = typer.Typer()
+    app.command()(bench_gptq.main)
+    result = CliRunner().invoke(app, ["--quick"], env={"COLUMNS": "160"})
+    assert result.exit_code == 0, result.output
+    assert "compensate, activation order" in result.output
 
 
 def test_linear_bench_writes_what_the_plot_reads(tmp_path):
