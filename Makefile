@@ -1,6 +1,9 @@
 # make demo    from a fresh clone to a quantized language model (MODEL=<hub id or path> for another one)
 # make test    from a fresh clone to a green suite
 # make bench   kernel and quality benchmarks into bench/results/
+# make quality what formats cost, without and with data: bench/results/quality.csv, docs/quality.md with its picture,
+#              the table of the README; about half an hour. Measures with bitsandbytes, hqq and gptqmodel where they
+#              are installed
 # make gpu     build in place for this machine's GPU, run the GPU tests and benches: figures into
 #              bench/results/<gpu>.csv, a table at the end. With a Python that has a CUDA Torch, pybind11, pytest and
 #              transformers (GPU_PYTHON=...); CMake and nvcc on PATH. Nothing is downloaded; about 6 minutes
@@ -17,7 +20,7 @@ PIP := $(BIN)/pip install --quiet --disable-pip-version-check --constraint const
 SOURCES := CMakeLists.txt setup.py pyproject.toml constraints.txt $(shell find csrc -type f)
 CPP := $(shell find csrc tests -name '*.cpp' -o -name '*.cu' -o -name '*.cuh' -o -name '*.h' -o -name '*.inl')
 
-.PHONY: demo test bench gpu lint wheel install clean
+.PHONY: demo test bench quality gpu lint wheel install clean
 
 install: $(VENV)/.installed
 
@@ -45,6 +48,12 @@ bench: install
 	$(BIN)/python -m bench.bench_quality
 	$(BIN)/python -m bench.bench_activations
 	$(BIN)/python -m bench.plots
+	$(BIN)/python -m bench.readme
+
+quality: install
+	$(BIN)/python -m bench.bench_calibrated
+	$(BIN)/python -m bench.plot_quality
+	$(BIN)/python -m bench.quality_page
 	$(BIN)/python -m bench.readme
 
 # Failing or hanging tests do not keep the benches from running: one rented GPU gives everything that works.

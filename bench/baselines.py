@@ -3,6 +3,9 @@
 Groups of `group_size` columns share a scale; -1 is one group per row, 0 one per tensor; the last group of a
 row may be shorter. Bits count codes, scales and zero points, not the level table that a format shares.
 All arithmetic is float32; codes are chosen for the scale as it is stored, unless stated otherwise.
+
+Everything here is written from the definitions. Where the package that a format comes from is installed,
+`bench.peers_quality` calls it, and a test compares the two.
 """
 
 from __future__ import annotations
@@ -35,7 +38,9 @@ NF4_LEVELS = (
 )
 NF4_MULTIPLES = tuple(round(0.50 + 0.01 * step, 2) for step in range(61))  # of max|w|, for the best scale
 E2M1_LEVELS = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
-MX_BLOCK = 32
+E4M3_LARGEST = 448.0
+MX_BLOCK, NV_BLOCK = 32, 16
+HQQ_NORM, HQQ_BETA, HQQ_KAPPA, HQQ_ITERATIONS = 0.7, 10.0, 1.01, 20  # the solver's published settings
 
 
 class Decoded(NamedTuple):
@@ -64,6 +69,14 @@ class _Groups:
             width = self.shape[1] if group_size == -1 else group_size
             self.values = torch.nn.functional.pad(self.weight, (0, -self.shape[1] % width)).reshape(-1, width)
         self.whole = group_size == 0
+
+    def inside(self) -> Tensor:
+        """Which of `values` are the weight's own, bool [G, width]; the others fill up."""
+        ones = torch.ones(self.shape, dtype=torch.bool)
+        width = self.values.shape[1]
+        if self.whole:
+            return ones.reshape(1, -1)
+        return torch.nn.functional.pad(ones, (0, -self.shape[1] % width)).reshape(-1, width)
 
     @property
     def count(self) -> int:
@@ -193,12 +206,73 @@ def mxfp4(weight: Tensor, group_size: int = MX_BLOCK) -> Decoded:
     absmax = groups.absmax()
     exponent = torch.frexp(absmax).exponent - 1  # floor(log2), exact
     scale = torch.ldexp(torch.ones_like(absmax), (exponent - 2).clamp(-127, 127))
+    return groups.decoded(_e2m1(groups.values / scale) * scale, 8)
+
+
+def _e2m1(values: Tensor) -> Tensor:
+    """The nearest E2M1 numbers, at most 6 in magnitude; ties to the even mantissa."""
     levels = torch.tensor(E2M1_LEVELS)
     middle = (levels[:-1] + levels[1:]) / 2
-    magnitude = (groups.values / scale).abs()
+    magnitude = values.abs()
     below, above = torch.bucketize(magnitude, middle), torch.bucketize(magnitude, middle, right=True)
     index = torch.where(below % 2 == 0, below, above)  # an even index is an even mantissa
-    return groups.decoded(levels[index] * groups.values.sign() * scale, 8)
+    return levels[index] * values.sign()
+
+
+def nvfp4(weight: Tensor, group_size: int = NV_BLOCK) -> Decoded:
+    """NVIDIA's NVFP4: blocks of 16 E2M1 values under an E4M3 scale, and one float32 scale per tensor.
+
+    The tensor's scale is max|w| / (6 x 448), so that the block with the largest value gets the largest E4M3
+    number. A block's scale is max|w| / 6 in units of it, rounded to E4M3; codes are the nearest E2M1 numbers
+    under the product of the two as stored. Both roundings take ties to the even mantissa. A block whose scale
+    rounds to zero is zero.
+
+    Raises:
+        ValueError: another group size: the format has only 16.
+
+    Source: NVIDIA, Introducing NVFP4 for Efficient and Accurate Low-Precision Inference; arXiv:2509.25149.
+    """
+    if group_size != NV_BLOCK:
+        raise ValueError(f"group_size: expected {NV_BLOCK}, the only block of NVFP4, got {group_size}")
+    groups = _Groups(weight, group_size)
+    tensor_scale = groups.absmax().amax() / (E2M1_LEVELS[-1] * E4M3_LARGEST)
+    largest = groups.values.abs().amax(dim=1, keepdim=True)
+    block_scale = (largest / E2M1_LEVELS[-1] / tensor_scale).clamp(max=E4M3_LARGEST)
+    scale = block_scale.to(torch.float8_e4m3fn).float() * tensor_scale
+    values = _e2m1(groups.values / torch.where(scale == 0, 1.0, scale)) * scale
+    return groups.decoded(values, 8, bits_per_tensor=32)
+
+
+def hqq(weight: Tensor, group_size: int) -> Decoded:
+    """HQQ: integers 0..15 between minimum and maximum, with a zero point, no integer, that is optimized.
+
+    w = (code - zero) x scale, both in float16. In turns the error is shrunk towards the few large values that
+    a norm of 0.7 allows (they are outliers, and should not move the zero point), and the zero point becomes
+    the mean that fits the rest. It ends when the mean absolute error of the tensor rises, after 20 turns at
+    the latest. Codes are chosen before scale and zero point are stored.
+
+    Source: Badri and Shaji, Half-Quadratic Quantization of Large Machine Learning Models, 2023.
+    """
+    groups = _Groups(weight, group_size)
+    inside = groups.inside()
+    low = torch.where(inside, groups.values, torch.inf).amin(dim=1, keepdim=True)
+    high = torch.where(inside, groups.values, -torch.inf).amax(dim=1, keepdim=True)
+    inverse = torch.where(high - low <= 1e-4, 1.0, 15 / (high - low)).clamp(max=2e4)
+    zero = torch.round(-low * inverse)
+    least, beta = torch.inf, HQQ_BETA
+    count = inside.sum(dim=1, keepdim=True)
+    for _ in range(HQQ_ITERATIONS):
+        code = torch.round(groups.values * inverse + zero).clamp(0, 15)
+        error = groups.values - (code - zero) / inverse
+        shrunk = (error.abs() - error.abs().pow(HQQ_NORM - 1) / beta).clamp(min=0) * error.sign()
+        zero = ((code - (groups.values - shrunk) * inverse) * inside).sum(dim=1, keepdim=True) / count
+        beta *= HQQ_KAPPA
+        mean = float((error.abs() * inside).sum() / inside.sum())
+        if mean >= least:
+            break
+        least = mean
+    code = torch.round(groups.values * inverse + zero).clamp(0, 15)
+    return groups.decoded((code - zero.half().float()) * _float16_scale(1 / inverse), 16 + 16)
 
 
 BASELINES: dict[str, Callable[[Tensor, int], Decoded]] = {
@@ -208,5 +282,8 @@ BASELINES: dict[str, Callable[[Tensor, int], Decoded]] = {
     "NF4, best scale, both signs": nf4_best_signed_scale,
     "int4 asymmetric": int4_asymmetric,
     "int4 symmetric": int4_symmetric,
+    "HQQ": hqq,
     "MXFP4": mxfp4,
+    "NVFP4": nvfp4,
 }
+ONLY_BLOCK = {"MXFP4": MX_BLOCK, "NVFP4": NV_BLOCK}  # formats that have one block

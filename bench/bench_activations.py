@@ -43,7 +43,7 @@ class Plain(NamedTuple):
 
 
 class PlainPerToken(NamedTuple):
-    """Weights as `QuantConfig()` has them; inputs as symmetric integers, a token's largest magnitude its scale."""
+    """Weights as `QuantConfig()` has them; inputs as symmetric integers under the largest of a token."""
 
     bits: int
 

@@ -148,9 +148,9 @@ class Rows:
         return table
 
 
-def synthetic(name: str, rows: int, columns: int) -> Tensor:
+def synthetic(name: str, rows: int, columns: int, seed: int = 0) -> Tensor:
     """Independent values, unit scale: "Gaussian" or "Student-t(degrees)"."""
-    generator = torch.Generator().manual_seed(0)
+    generator = torch.Generator().manual_seed(seed)
     normal = torch.randn(rows, columns, generator=generator)
     if name == "Gaussian":
         return normal

@@ -17,15 +17,10 @@ import typer
 
 from bench.common import RESULTS, ROOT
 from bench.gpu.readme import GPU_SECTIONS, gpu_tables
+from bench.quality_table import readme_table
 from bench.tables import Row, markdown, read_rows
 
 GROUP_SIZE = "128"
-QUALITY_COLUMNS = (  # metric, data, title, digits
-    ("weight error", "MiniLM-L6", "weight error, MiniLM", 4),
-    ("embedding distance", "MiniLM-L6", "embedding distance, MiniLM", 4),
-    ("weight error", "tiny_llama", "weight error, bundled model", 4),
-    ("perplexity", "tiny_llama", "perplexity, bundled model", 3),
-)
 PEERS = (  # backend, title
     ("torch_float32", "torch float32"),
     ("torch_int4", "torch int4"),
@@ -52,36 +47,11 @@ def measured(rows: Iterable[Row], command: str) -> str:
 
 
 def quality_table(rows: list[Row]) -> str:
-    """Formats at groups of 128: one line each, the least figure of a column in bold."""
-    rows = [row for row in rows if row["group_size"] == GROUP_SIZE]
-    cells = {(row["format"], row["metric"], row["data"]): row for row in rows}
-    formats = list(dict.fromkeys(row["format"] for row in rows))
-    formats.sort(key=lambda name: name != "float32")
-    columns = [column for column in QUALITY_COLUMNS if any(key[1:] == column[:2] for key in cells)]
-    least = {
-        column: min(
-            float(row["value"]) for key, row in cells.items() if key[1:] == column[:2] and key[0] != "float32"
-        )
-        for column in columns
-    }
-    lines = []
-    used = []
-    for name in formats:
-        found = {column: cells.get((name, *column[:2])) for column in columns}
-        if not any(found.values()):
-            continue
-        line = [f"`{name}`" if name.startswith("OVP") else name]
-        line.append(next(f"{float(row['bits_per_weight']):.3f}" for row in found.values() if row))
-        for column, row in found.items():
-            if row is None:
-                line.append("")
-                continue
-            used.append(row)
-            text = f"{float(row['value']):.{column[3]}f}"
-            line.append(f"**{text}**" if name != "float32" and float(row["value"]) == least[column] else text)
-        lines.append(line)
-    table = markdown(["format", "bits", *(column[2] for column in columns)], lines)
-    return f"{table}\n\n{measured(used, 'python -m bench.bench_quality')}"
+    """What formats cost a language model and an encoder, with and without data."""
+    table, used = readme_table(rows)
+    if not used:
+        return "No figures yet: `make quality` writes them."
+    return f"{table}\n\n{measured(used, 'make quality')}"
 
 
 Cells = dict[tuple[int, int, int, str], Row]  # by M, N, K and backend

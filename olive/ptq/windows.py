@@ -42,8 +42,8 @@ def calibration_windows(
     whole = len(tokens) // window
     if whole == 0:
         raise ValueError(
-            f"text: expected at least one window of {window} tokens, got {len(tokens)} tokens; pass more text "
-            f"or a shorter window"
+            f"text: expected at least one window of {window} tokens, got {len(tokens)} tokens; pass more "
+            f"text or a shorter window"
         )
     windows = tokens[: whole * window].view(whole, 1, window)
     return [windows[index * whole // count] for index in range(count)] if whole > count else list(windows)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from fractions import Fraction
 
 import pytest
@@ -13,8 +12,10 @@ from torch import Tensor
 from bench.baselines import (
     BASELINES,
     NF4_LEVELS,
+    ONLY_BLOCK,
     Decoded,
     dynamic_levels,
+    hqq,
     int4_asymmetric,
     int4_symmetric,
     mxfp4,
@@ -22,6 +23,7 @@ from bench.baselines import (
     nf4_best_scale,
     nf4_best_signed_scale,
     nf4_double_quant,
+    nvfp4,
 )
 
 # Published with QLoRA (arXiv:2305.14314, appendix E), rounded to 7 digits.
@@ -189,7 +191,88 @@ def test_mxfp4_by_hand() -> None:
     assert bits == 4 + 8 / 12
 
 
-@pytest.mark.parametrize("name", [name for name in BASELINES if name != "MXFP4"])
+def nearest_even(value: float, levels: list[float]) -> float:
+    """Rising levels; a tie goes to the one with an even index, whose mantissa is even."""
+    return min(levels, key=lambda level: (abs(level - value), levels.index(level) % 2))
+
+
+def test_nvfp4_matches_a_loop() -> None:
+    # E4M3 by its definition: 3 bits of mantissa, exponents -6..8, subnormals of 2^-9; 480 is NaN.
+    e4m3 = [step * 2.0**-9 for step in range(8)]
+    e4m3 += [(8 + step) * 2.0 ** (power - 3) for power in range(-6, 9) for step in range(8)][:-1]
+    assert e4m3[-1] == 448
+    e2m1 = [0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0]
+    weight = draw(5, 40) * torch.logspace(-4, 0, 5)[:, None]  # the last block of a row has 8 values
+    decoded, bits = nvfp4(weight)
+    tensor_scale = float(weight.abs().max()) / (6 * 448)
+    for row in range(5):
+        for start in (0, 16, 32):
+            block = weight[row, start : start + 16].tolist()
+            scale = nearest_even(max(map(abs, block)) / 6 / tensor_scale, e4m3) * tensor_scale
+            expected = [
+                math.copysign(nearest_even(abs(value) / scale, e2m1), value) * scale if scale else 0.0
+                for value in block
+            ]
+            torch.testing.assert_close(
+                decoded[row, start : start + 16], torch.tensor(expected), rtol=1e-5, atol=0
+            )
+    assert bits == 4 + (15 * 8 + 32) / weight.numel()
+
+
+def test_nvfp4_by_hand() -> None:
+    # The tensor's scale is 2688 / 2688 = 1. Second block: its scale, 1.0625, lies between E4M3's 1 and 1.125
+    # and goes to 1, whose mantissa is even. Ties of values: 2.5 -> 2, 5 -> 4, 0.25 -> 0, 0.75 -> 1.
+    weight = torch.zeros(1, 32)
+    weight[0, 0] = 2688.0
+    weight[0, 16:22] = torch.tensor([6.375, -2.5, 5.0, 0.25, 0.75, -3.6])
+    expected = torch.zeros(1, 32)
+    expected[0, 0] = 2688.0
+    expected[0, 16:22] = torch.tensor([6.0, -2.0, 4.0, 0.0, 1.0, -4.0])
+    assert nvfp4(weight).weight.equal(expected)
+
+
+def test_hqq_matches_a_loop() -> None:
+    weight = torch.distributions.StudentT(4.0).sample((4, 24))
+    decoded, bits = hqq(weight, 16)  # the last group of a row has 8 values
+    groups = [weight[row, start : start + 16].double() for row in range(4) for start in (0, 16)]
+    steps = [float(group.max() - group.min()) / 15 for group in groups]
+    zeros = [round(-float(group.min()) / step) for group, step in zip(groups, steps, strict=True)]
+    least, beta = math.inf, 10.0
+
+    def codes(index: int) -> Tensor:
+        return torch.round(groups[index] / steps[index] + zeros[index]).clamp(0, 15)
+
+    for _ in range(20):
+        total = 0.0
+        for index, group in enumerate(groups):
+            code = codes(index)
+            error = group - (code - zeros[index]) * steps[index]
+            total += float(error.abs().sum())
+            shrunk = error.sign() * (error.abs() - error.abs() ** -0.3 / beta).clamp(min=0)
+            zeros[index] = float((code - (group - shrunk) / steps[index]).mean())
+        beta *= 1.01
+        if total >= least:
+            break
+        least = total
+    expected = torch.stack(
+        [
+            torch.cat([(codes(index) - zeros[index]) * steps[index] for index in (row * 2, row * 2 + 1)])
+            for row in range(4)
+        ]
+    )
+    # Scales and zero points are stored in float16, which moves values by up to 2^-11 of 15 steps or so.
+    torch.testing.assert_close(decoded.double(), expected, rtol=0, atol=15 * max(steps) / 1024)
+    assert bits == 4 + 8 * 32 / weight.numel()
+
+
+def test_hqq_loses_less_of_what_is_common_than_rounding_does() -> None:
+    weight = torch.distributions.StudentT(4.0).sample((64, 256))
+    for size in (64, 128):
+        errors = [(f(weight, size).weight - weight).abs().mean() for f in (hqq, int4_asymmetric)]
+        assert errors[0] < errors[1]
+
+
+@pytest.mark.parametrize("name", [name for name in BASELINES if name not in ONLY_BLOCK])
 @pytest.mark.parametrize("group_size", [128, 32, -1, 0])
 @pytest.mark.parametrize("shape", [(1, 1), (3, 7), (5, 131), (2, 256)])
 def test_shapes_and_ragged_groups(name: str, group_size: int, shape: tuple[int, int]) -> None:
@@ -201,14 +284,14 @@ def test_shapes_and_ragged_groups(name: str, group_size: int, shape: tuple[int, 
     assert bits > 4
     if shape[1] > 128 and group_size == 128:  # a ragged group is quantized as if it stood alone
         alone = BASELINES[name](weight[:, 128:], 128).weight
-        if name != "NF4, double quantization":  # whose scales depend on the whole tensor
+        if name not in ("NF4, double quantization", "HQQ"):  # where the whole tensor has a say
             assert decoded[:, 128:].equal(alone)
 
 
-@pytest.mark.parametrize("function", BASELINES.values(), ids=BASELINES)
-def test_zeros_decode_to_zeros(function: Callable[[Tensor, int], Decoded]) -> None:
+@pytest.mark.parametrize("name", BASELINES)
+def test_zeros_decode_to_zeros(name: str) -> None:
     weight = torch.zeros(2, 32)
-    assert function(weight, 32).weight.equal(weight)
+    assert BASELINES[name](weight, ONLY_BLOCK.get(name, 32)).weight.equal(weight)
 
 
 def test_errors_of_a_gaussian_are_those_known() -> None:
@@ -228,3 +311,5 @@ def test_bad_arguments_are_named() -> None:
         int4_symmetric(torch.full((1, 4), 1e6), 4)
     with pytest.raises(ValueError, match="group_size: expected 32, the only block of MXFP4, got 128"):
         mxfp4(torch.ones(1, 128), 128)
+    with pytest.raises(ValueError, match="group_size: expected 16, the only block of NVFP4, got 32"):
+        nvfp4(torch.ones(1, 32), 32)

@@ -125,6 +125,7 @@ def test_command_appends_rows_with_their_origin(tmp_path: Path) -> None:
     assert len(rows) == 2 * 3 * len(quality.formats_for(-1))
     assert set(rows[0]) == {
         *("format", "bits_per_weight", "group_size", "metric", "data", "value"),
+        *("calibration", "implementation"),
         *environment(),
     }
     assert rows[0]["torch"] == torch.__version__

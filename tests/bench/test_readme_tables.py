@@ -44,11 +44,16 @@ def write(path: Path, rows: list[dict[str, str]]) -> None:
 
 
 def quality(
-    name: str, metric: str, data: str, value: str, group: str = "128", bits: str = "4.1259"
+    name: str,
+    metric: str,
+    data: str,
+    value: str,
+    calibration: str = "none",
+    bits: str = "4.1259",
 ) -> dict[str, str]:
     return {
-        "format": name, "bits_per_weight": bits, "group_size": group,
-        "metric": metric, "data": data, "value": value,
+        "format": name, "bits_per_weight": bits, "group_size": "128", "metric": metric, "data": data,
+        "value": value, "calibration": calibration, "implementation": "olive",
     }  # fmt: skip
 
 
@@ -65,15 +70,14 @@ def results(tmp_path: Path) -> Path:
     write(
         tmp_path / "quality.csv",
         [
-            quality("OVP adaptive", "perplexity", "tiny_llama", "99"),  # measured again below
-            quality("OVP adaptive", "weight error", "MiniLM-L6", "0.00808"),
-            quality("OVP adaptive", "weight error", "MiniLM-L6", "0.001", group="64"),
-            quality("OVP adaptive", "weight error", "Gaussian", "0.001"),
-            quality("NF4, absmax", "weight error", "MiniLM-L6", "0.00984", bits="4.25"),
-            quality("NF4, absmax", "perplexity", "tiny_llama", "9.5", bits="4.25"),
+            quality("OVP adaptive", "KL divergence", "tiny_llama", "99"),  # measured again below
+            quality("OVP adaptive", "KL divergence", "tiny_llama", "0.01", calibration=""),  # the other bench
+            quality("NVFP4", "KL divergence", "tiny_llama", "0.0184", bits="4.5"),
             quality("float32", "perplexity", "tiny_llama", "9.17714", bits="32.0"),
-            quality("OVP adaptive", "perplexity", "tiny_llama", "9.33905"),
-            quality("only synthetic", "weight error", "Gaussian", "0.5"),
+            quality("OVP adaptive", "KL divergence", "tiny_llama", "0.0205"),
+            quality("OVP adaptive", "embedding distance", "MiniLM-L6", "0.0265"),
+            quality("OVP adaptive", "KL divergence", "tiny_llama", "0.0084", calibration="GPTQ"),
+            quality("only weights", "weight error", "tiny_llama", "0.5"),
         ],
     )
     write(
@@ -124,13 +128,13 @@ def test_tables(results: Path) -> None:
     assert readme.render(PAGE, results) == (
         "# Title\n"
         "<!-- results:quality -->\n"
-        "| format | bits | weight error, MiniLM | perplexity, bundled model |\n"
-        "| --- | ---: | ---: | ---: |\n"
-        "| float32 | 32.000 |  | 9.177 |\n"
-        "| `OVP adaptive` | 4.126 | **0.0081** | **9.339** |\n"
-        "| NF4, absmax | 4.250 | 0.0098 | 9.500 |\n"
+        "| format | data | bits | perplexity increase | KL divergence, nats | embedding distance, MiniLM |\n"
+        "| --- | ---: | ---: | ---: | ---: | ---: |\n"
+        "| NVFP4 |  | 4.500 |  | **0.0184** |  |\n"
+        "| `OVP adaptive` |  | 4.126 |  | 0.0205 | **0.0265** |\n"
+        "| `OVP adaptive` | GPTQ | 4.126 |  | **0.0084** |  |\n"
         "\n"
-        "Reproduce with `python -m bench.bench_quality`. "
+        "Reproduce with `make quality`. "
         "Measured on a chip, 2 cores, 2 threads, torch 2.13.0, commit abc, 2026-01-02.\n"
         "<!-- /results -->\n"
         "between\n"
