@@ -187,11 +187,18 @@ def main(
     window: Annotated[int, typer.Option(help="Tokens per window of that text.")] = WINDOW,
     limit: Annotated[int | None, typer.Option(help="Tokens of the text to use.")] = None,
     output: Annotated[Path | None, typer.Option(help="CSV to append to.")] = RESULTS / "activations.csv",
+    only: Annotated[
+        list[str] | None, typer.Option(help="Parts of names of settings; several, or all without it.")
+    ] = None,
     quick: Annotated[bool, typer.Option(help="Tiny sizes: only shows that everything runs.")] = False,
 ) -> None:
     """Compare the settings and append the figures to a CSV."""
     plain, tokens = load_causal(model, text)
     settings = dict(list(SETTINGS.items())[:3]) if quick else SETTINGS
+    if only:
+        settings = {name: one for name, one in settings.items() if any(part in name for part in only)}
+        if not settings:
+            raise typer.BadParameter(f"expected parts of {', '.join(SETTINGS)}", param_hint="--only")
     tokens = tokens[: (CALIBRATION_WINDOWS + 2) * window if quick else limit]
     injected = copy.deepcopy(plain)
     inject_outliers(injected)
@@ -203,7 +210,8 @@ def main(
     }
     table = Table("setting", *(f"{metric}\n{data}" for metric, data in columns))
     for setting in settings:
-        table.add_row(setting, *(f"{values[setting]:.5g}" for values in columns.values()))
+        cells = (values.get(setting) for values in columns.values())
+        table.add_row(setting, *("" if value is None else f"{value:.5g}" for value in cells))
     Console(width=None if Console().is_terminal else 160).print(table)
     if output is not None and not quick:
         where = environment()

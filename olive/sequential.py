@@ -227,6 +227,7 @@ class SequentialQuantizer:
             for call in self._calls:
                 _record(self._model, call, followers)
         outputs: list[Tensor | None] = []
+        floats: list[Tensor | None] = []
         for number, unit in enumerate(units):
             wanted = number + 1 < len(units) and units[number + 1].follows
             if unit.runs == 0:
@@ -235,27 +236,49 @@ class SequentialQuantizer:
                 self._quantize(unit, self._calls, self._model)
             else:
                 if unit.follows:
+                    exact = [_with_hidden(call, one) for call, one in zip(unit.calls, floats, strict=True)]
                     unit.calls = [
                         _with_hidden(call, hidden) for call, hidden in zip(unit.calls, outputs, strict=True)
                     ]
                 else:
                     for call in self._calls:
                         _record(self._model, call, [unit])
-                self._quantize(unit, unit.calls, unit.module)
+                    exact = unit.calls
+                self._quantize(unit, unit.calls, unit.module, exact)
                 outputs = [_first_tensor(call(unit.module)) for call in unit.calls] if wanted else []
+                if wanted:
+                    with self._float_again(unit):
+                        floats = [_first_tensor(call(unit.module)) for call in exact]
             unit.calls = []
+
+    @contextmanager
+    def _float_again(self, unit: _Unit) -> Iterator[None]:
+        """The float modules are back in a unit."""
+        back: Replacements = {
+            self._replacements[target.module]: target.module
+            for target in unit.targets
+            if target.module in self._replacements
+        }
+        put_back = exchange(unit.module, back)
+        try:
+            yield
+        finally:
+            put_back()
 
     def _quantize_unreached(self, unit: _Unit) -> None:
         for target in unit.targets:
             self._exchange(target, {}, {})
 
-    def _quantize(self, unit: _Unit, calls: list[Call], runner: nn.Module) -> None:
+    def _quantize(
+        self, unit: _Unit, calls: list[Call], runner: nn.Module, exact: list[Call] | None = None
+    ) -> None:
+        """Stage by stage; `exact` are the calls that the float model makes, if they are known."""
         stages, unreached = _stages(unit.targets, calls[0], runner)
         if unreached:  # by the first batch; another may reach them
             stages.append(unreached)
         for stage in stages:
             stop = stage[-1].module if unit.runs == 1 and stage is not unreached else None
-            found = self._gather(stage, calls, runner, stop)
+            found = self._gather(stage, calls, runner, stop, (unit, exact) if exact else None)
             for target in stage:
                 if target.kind in ("linear", "conv1d"):
                     self._exchange(target, found.samples(), found.moments())
@@ -263,7 +286,12 @@ class SequentialQuantizer:
                     self._exchange_experts(target, found, calls, runner, stop)
 
     def _gather(
-        self, stage: list[Target], calls: list[Call], runner: nn.Module, stop: nn.Module | None
+        self,
+        stage: list[Target],
+        calls: list[Call],
+        runner: nn.Module,
+        stop: nn.Module | None,
+        beside: tuple[_Unit, list[Call]] | None = None,
     ) -> InputCollector:
         """Moments and samples of what reaches a stage, on all data."""
         format = self._config.activation_format
@@ -272,14 +300,19 @@ class SequentialQuantizer:
         def end(module: nn.Module, args: Any) -> None:
             raise _Stop
 
-        with collector.collecting():
-            # Registered after the collector's own: hooks run in the order of registration.
-            handles = [] if stop is None else [stop.register_forward_pre_hook(end)]
-            with _hooks(handles):
-                for call in calls:
-                    with suppress(_Stop):
-                        call(runner)
-                    collector.end_batch()
+        for number, call in enumerate(calls):
+            if beside is not None:
+                unit, exact = beside
+                with self._float_again(unit):
+                    collector.floats = _inputs_of(stage, exact[number], runner, stop)
+            with (
+                collector.collecting(),
+                # Evaluated after that: hooks run in the order of registration.
+                _hooks([] if stop is None else [stop.register_forward_pre_hook(end)]),
+                suppress(_Stop),
+            ):
+                call(runner)
+            collector.floats = {}
         return collector
 
     def _exchange_experts(
@@ -341,6 +374,30 @@ class SequentialQuantizer:
         new.train(target.module.training)
         self._undo.append(exchange(self._model, {target.module: new}))
         self._replacements[target.module] = new
+
+
+def _inputs_of(
+    stage: list[Target], call: Call, runner: nn.Module, stop: nn.Module | None
+) -> dict[str, Tensor]:
+    """What reaches layers in one run, by weight; not experts: the router may send tokens elsewhere."""
+    found: dict[str, Tensor] = {}
+
+    def note(target: Target, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        hidden = _hidden(Call(args, kwargs))
+        if isinstance(hidden, Tensor) and target.kind in ("linear", "conv1d"):
+            found[next(iter(target.parameters()))] = hidden
+        if target.module is stop:
+            raise _Stop
+
+    handles = [
+        target.module.register_forward_pre_hook(
+            lambda module, args, kwargs, target=target: note(target, args, kwargs), with_kwargs=True
+        )
+        for target in stage
+    ]
+    with _hooks(handles), suppress(_Stop):
+        call(runner)
+    return found
 
 
 def _stages(targets: list[Target], call: Call, runner: nn.Module) -> tuple[list[list[Target]], list[Target]]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from typing import Any
 
 import pytest
@@ -116,8 +117,9 @@ def test_layers_of_one_input_are_one_stage() -> None:
     olive.quantize(model, GPTQ, calibration=data, progress=False)
     handle.remove()
     # Once to see the order of units, once per batch to record what it is given, once to see its stages (q k
-    # v, o, gate up, down), and once per batch for each of the four.
-    assert passes == 1 + len(data) + 1 + 4 * len(data)
+    # v, o, gate up, down), and twice per batch for each of the four: float
+    # on float inputs, and quantized as far as it is.
+    assert passes == 1 + len(data) + 1 + 2 * 4 * len(data)
 
 
 class Deep(nn.Module):
@@ -189,6 +191,38 @@ def test_better_than_the_search_on_the_output() -> None:
             olive.quantize(model, olive.QuantConfig(method=method, group_size=32), calibration=data[:1])
             errors[method] = float((model(data[1]) - exact).norm() / exact.norm())
     assert errors["gptq"] < 0.8 * errors["search"]
+
+
+def test_layers_are_given_what_the_float_model_has(monkeypatch: pytest.MonkeyPatch) -> None:
+    drifts: list[Tensor] = []
+
+    def noted(*args: Any, drift: Tensor | None = None, **kwargs: Any) -> Any:
+        assert drift is not None
+        drifts.append(drift)
+        return compensate(*args, drift=drift, **kwargs)
+
+    monkeypatch.setattr(parameters, "compensate", noted)
+    model = models.llama(num_hidden_layers=2)
+    exact = copy.deepcopy(model)
+    data = _data(model)
+    names = [target.name for target in walk(model, GPTQ).targets]
+    olive.quantize(model, GPTQ, calibration=data, progress=False)
+    inputs: list[dict[str, list[Tensor]]] = [{}, {}]
+    for one, seen in zip((exact, model), inputs, strict=True):
+        for name in names:
+            one.get_submodule(name).register_forward_pre_hook(
+                lambda _, args, name=name, seen=seen: seen.setdefault(name, []).append(args[0].flatten(0, 1))
+            )
+        with torch.no_grad():
+            for batch in data:
+                one(**batch, use_cache=False)
+    # Layers are quantized in the order of `walk` here: q, k, v, o, gate, up, down.
+    assert len(drifts) == len(names) == 14
+    for name, drift in zip(names, drifts, strict=True):
+        z, x = (torch.cat(seen[name]) for seen in inputs)
+        expected = (z - x).T @ x
+        assert torch.allclose(drift, expected, rtol=1e-3, atol=1e-4 * float((x.T @ x).abs().max())), name
+    assert not bool(drifts[0].any()) and bool(drifts[-1].any())
 
 
 def test_with_quantized_activations() -> None:

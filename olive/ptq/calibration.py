@@ -20,7 +20,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from olive.ptq.moments import Moment
+from olive.ptq.moments import Moment, SecondMoment
 
 # On the bundled model static scales differ from those of 4096 rows by 2 % on average and 10 % at most, about
 # two steps of the grids; those of 64 rows by up to 30 %.
@@ -70,11 +70,13 @@ class _Gathered(NamedTuple):
     sample: InputSample | None
     moment: Moment | None
 
-    def updated(self, rows: Tensor, largest: float) -> _Gathered:
-        return _Gathered(
-            None if self.sample is None else self.sample.updated(rows, largest),
-            None if self.moment is None else self.moment.updated(rows),
-        )
+    def updated(self, rows: Tensor, largest: float, floats: Tensor | None) -> _Gathered:
+        sample = None if self.sample is None else self.sample.updated(rows, largest)
+        if self.moment is None:
+            return _Gathered(sample, None)
+        if isinstance(self.moment, SecondMoment) and floats is not None:
+            return _Gathered(sample, self.moment.updated_beside(rows, floats))
+        return _Gathered(sample, self.moment.updated(rows))
 
 
 class InputCollector:
@@ -101,6 +103,8 @@ class InputCollector:
         self._nothing = _Gathered(InputSample() if sample else None, moment)
         self._samples: dict[str, InputSample | None] = {}
         self._moments: dict[str, Moment | None] = {}
+        #: Inputs that the float model has in this batch, by weight: [..., K] as the layer's own.
+        self.floats: dict[str, Tensor] = {}
         # The last input and what it made of what was known: layers that are given it next share the result.
         self._last: tuple[Tensor, _Gathered, _Gathered] | None = None
 
@@ -164,7 +168,10 @@ class InputCollector:
                 f"got NaN or Inf; check the data, or load the model in bfloat16 or float32 if it overflows "
                 f"in float16"
             )
-        return before.updated(found.reshape(-1, found.shape[-1]), largest)
+        floats = self.floats.get(name)
+        if floats is not None:
+            floats = floats.reshape(-1, floats.shape[-1]) if floats.shape == found.shape else None
+        return before.updated(found.reshape(-1, found.shape[-1]), largest, floats)
 
     def _on_experts(
         self, names: tuple[str, str], module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]

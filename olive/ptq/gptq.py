@@ -49,6 +49,7 @@ def compensate(
     *,
     damping: float = 0.01,
     activation_order: bool = False,
+    drift: Tensor | None = None,
 ) -> Compensated:
     """Quantize one weight to 4 bits, with the errors of each column made up for by the later ones.
 
@@ -66,6 +67,9 @@ def compensate(
         damping: added to H's diagonal, in units of its mean; ten times as much, and again, where H is
             singular all the same.
         activation_order: pairs with the largest inputs first.
+        drift: float32 [K, K], sum of (z - x) x^T over the same inputs x, z what the float model has in their
+            place. What is quantized is then the weight whose outputs on x are nearest to the float weight's
+            on z: it makes up for what the layers before left as well.
 
     Raises:
         ValueError: H is zero, not finite, or singular even with a damping of 1.
@@ -87,6 +91,9 @@ def compensate(
         _, scale = ops.ovp_quantize(weight, table, group_size, *grids, importance.contiguous())
         by_pair = expand_scale(scale, rows, columns, group_size)[:, order][:, 0::2]
     values = values[:, order]
+    if drift is not None:
+        padded = torch.nn.functional.pad(drift.float(), (0, width - columns, 0, width - columns))
+        values = values + values @ padded[order][:, order] @ factor.T @ factor  # H^-1 = U^T U
     codes = torch.empty((rows, width // 2), dtype=torch.uint8, device=values.device)
     loss = 0.0
     for start in range(0, width, BLOCK):

@@ -7,7 +7,7 @@ a search that decides every value on its own needs the diagonal.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Self
 
 import torch
@@ -31,7 +31,7 @@ class Moment(ABC):
 
     def updated(self, rows: Tensor) -> Self:
         """With more rows [T, K] added."""
-        return type(self)(self._plus(rows.detach()), self.seen + len(rows))
+        return replace(self, total=self._plus(rows.detach()), seen=self.seen + len(rows))
 
     @abstractmethod
     def energy(self) -> Tensor:
@@ -64,12 +64,28 @@ class ColumnMoment(Moment):
         return self.total
 
 
+def _with_products(total: Tensor | None, left: Tensor, right: Tensor) -> Tensor:
+    return left.T @ right if total is None else torch.addmm(total, left.T, right)
+
+
+@dataclass(frozen=True)
 class SecondMoment(Moment):
-    """H, the sum of x x^T: float32 [K, K], on the inputs' device."""
+    """H, the sum of x x^T: float32 [K, K], on the inputs' device.
+
+    Args:
+        drift: sum of (z - x) x^T, z what the float model has in the place of x; None = nobody looked.
+    """
+
+    drift: Tensor | None = None
 
     def _plus(self, rows: Tensor) -> Tensor:
-        rows = rows.float()
-        return rows.T @ rows if self.total is None else torch.addmm(self.total, rows.T, rows)
+        return _with_products(self.total, rows.float(), rows.float())
+
+    def updated_beside(self, rows: Tensor, floats: Tensor) -> SecondMoment:
+        """With more rows [T, K], and what the float model has in their place."""
+        rows = rows.detach().float()
+        drift = _with_products(self.drift, floats.detach().float() - rows, rows)
+        return SecondMoment(self._plus(rows), self.seen + len(rows), drift)
 
     def energy(self) -> Tensor:
         assert self.total is not None

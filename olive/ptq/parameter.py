@@ -128,7 +128,11 @@ def _quantize_matrix(
     if codebook is None:
         return _Matrix(*quantize_weight8(weight, config, name=name), None, None)
     if config.method == "gptq" and isinstance(moment, SecondMoment) and moment.can_compensate():
-        options: dict[str, Any] = {"damping": config.damping, "activation_order": config.activation_order}
+        options: dict[str, Any] = {
+            "drift": moment.drift,
+            "damping": config.damping,
+            "activation_order": config.activation_order,
+        }
         assert moment.total is not None
         try:
             found = compensate(weight, moment.total, codebook, config.group_size, **options)

@@ -157,6 +157,34 @@ def test_damping_grows_where_it_has_to() -> None:
     assert 0.05 < found.damping <= 1
 
 
+@pytest.mark.parametrize("order", [False, True])
+@pytest.mark.parametrize("columns", [64, 37])
+def test_makes_up_for_what_the_inputs_lost(order: bool, columns: int) -> None:
+    weight, z, book = _weight(16, columns), _inputs(600, columns), CODEBOOKS["adaptive"]
+    x = z + 0.2 * z.roll(1, 1) + 0.05 * torch.randn(z.shape, generator=torch.Generator().manual_seed(9))
+    h, drift = x.T @ x, (z - x).T @ x
+    errors = []
+    for known in (None, drift):
+        found = compensate(weight, h, book, 32, activation_order=order, drift=known)
+        errors.append(float((_decoded(weight, found, book, 32) @ x.T - weight @ z.T).square().sum()))
+    assert errors[1] < 0.5 * errors[0]
+
+
+def test_the_weight_that_is_quantized_is_the_nearest_on_the_new_inputs() -> None:
+    weight, z = _weight(4, 16), _inputs(300, 16)
+    x = z + 0.1 * z.roll(1, 1)
+    h = (x.T @ x).double()
+    damped = h + 0.01 * h.diagonal().mean() * torch.eye(16, dtype=torch.float64)
+    best = weight + weight.double() @ ((z - x).T @ x).double() @ torch.linalg.inv(damped)
+    one = compensate(weight, h.float(), CODEBOOKS["nf4"], -1, drift=(z - x).T @ x)
+    other = compensate(best.float(), h.float(), CODEBOOKS["nf4"], -1)
+    decoded = [ovp4_decode(found.codes, found.scale, CODEBOOKS["nf4"], 16, -1) for found in (one, other)]
+    losses = [float(((d - best) @ damped * (d - best)).sum()) for d in decoded]
+    assert losses[0] == pytest.approx(
+        losses[1], rel=0.2
+    )  # scales are chosen from one weight and from the other
+
+
 @pytest.mark.parametrize("value", [0.0, math.nan, math.inf, -1.0])
 def test_moments_that_say_nothing_are_refused(value: float) -> None:
     with pytest.raises(ValueError, match="second_moment: expected a finite, positive diagonal"):
