@@ -16,7 +16,7 @@ from transformers.models.llama import LlamaForCausalLM  # what it imports is no 
 
 import olive
 import olive.ptq.grids
-import olive.quantization
+import olive.ptq.parameter
 from olive.ops import cpu_backend
 
 
@@ -45,7 +45,7 @@ def peak_of(work: Callable[[], object]) -> tuple[object, int]:
 
 def search_cheaply() -> None:
     """One scale per group, without compiled kernels a few rows at a time: how weights come and go counts."""
-    search = olive.quantization.quantize_weight
+    search = olive.ptq.parameter.quantize_weight
     olive.ptq.grids.PAIR_GRID = (0.9,)
     if cpu_backend() != "reference":
         return
@@ -55,7 +55,7 @@ def search_cheaply() -> None:
         codes, scale = torch.cat([part.codes for part in parts]), torch.cat([part.scale for part in parts])
         return parts[0]._replace(codes=codes, scale=scale)
 
-    olive.quantization.quantize_weight = by_rows
+    olive.ptq.parameter.quantize_weight = by_rows
 
 
 def load(path: str, config: olive.QuantConfig | None) -> tuple[LlamaForCausalLM, dict[str, int]]:
