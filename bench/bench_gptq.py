@@ -11,6 +11,7 @@ a layer: factor, scales and codes. Rows are appended to `bench/results/gptq.csv`
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated
 
@@ -37,8 +38,7 @@ def measure(rows: int, columns: int, device: torch.device) -> dict[str, float]:
     weight = (normal / torch.rand(rows, columns, generator=generator).clamp(min=0.05).sqrt()).to(device)
     moment = SecondMoment().updated(x)  # warms up
 
-    def seconds(work: object) -> float:
-        assert callable(work)
+    def seconds(work: Callable[[], object]) -> float:
         start = time.perf_counter()
         work()
         if device.type == "cuda":

@@ -21,7 +21,7 @@ from bench.quality_table import (
     losses_table,
     method_table,
 )
-from bench.readme import fill, measured
+from bench.readme import fill, measured, write_page
 from bench.tables import Row, markdown, read_rows
 
 
@@ -54,15 +54,8 @@ def main(
     results: Annotated[Path, typer.Option(help="CSV file.")] = RESULTS / "quality.csv",
 ) -> None:
     """Fill the tables of the page."""
-    before = page.read_text(encoding="utf-8")
-    after = render(before, read_rows(results))
-    if after == before:
-        return
-    if check:
-        message = f"{page}: expected the figures of {results}, got others; run `python -m bench.quality_page`"
-        typer.echo(message, err=True)
-        raise typer.Exit(1)
-    page.write_text(after, encoding="utf-8")
+    after = render(page.read_text(encoding="utf-8"), read_rows(results))
+    write_page(page, after, results, "python -m bench.quality_page", check=check)
 
 
 if __name__ == "__main__":

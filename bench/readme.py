@@ -178,21 +178,24 @@ def render(text: str, results: Path) -> str:
     return text
 
 
+def write_page(page: Path, after: str, source: Path, command: str, *, check: bool) -> None:
+    """Write a page where it changed; with `check` write nothing, and exit with status 1 instead."""
+    if after == page.read_text(encoding="utf-8"):
+        return
+    if check:
+        typer.echo(f"{page}: expected the figures of {source}, got others; run `{command}`", err=True)
+        raise typer.Exit(1)
+    page.write_text(after, encoding="utf-8")
+
+
 def main(
     check: Annotated[bool, typer.Option(help="Write nothing; exit status 1 if it is outdated.")] = False,
     readme: Annotated[Path, typer.Option(help="File to fill.")] = ROOT / "README.md",
     results: Annotated[Path, typer.Option(help="Folder of the CSV files.")] = RESULTS,
 ) -> None:
     """Fill the tables of the README."""
-    before = readme.read_text(encoding="utf-8")
-    after = render(before, results)
-    if after == before:
-        return
-    if check:
-        message = f"{readme}: expected the figures of {results}, got others; run `python -m bench.readme`"
-        typer.echo(message, err=True)
-        raise typer.Exit(1)
-    readme.write_text(after, encoding="utf-8")
+    after = render(readme.read_text(encoding="utf-8"), results)
+    write_page(readme, after, results, "python -m bench.readme", check=check)
 
 
 if __name__ == "__main__":

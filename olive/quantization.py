@@ -13,11 +13,10 @@ from olive.config import QuantConfig
 from olive.frameworks import framework_models
 from olive.nn import OVPExperts, OVPLinear
 from olive.ops.schemas import FLOATS
-from olive.ptq.activations import set_activations
 from olive.ptq.batches import calls, check_batches, run_batches
 from olive.ptq.calibration import InputCollector
 from olive.ptq.moments import ColumnMoment
-from olive.ptq.parameter import StoredWeight, quantize_parameter
+from olive.ptq.parameter import StoredWeight, quantize_into
 from olive.ptq.rotation import rotate
 from olive.sequential import Replacements, SequentialQuantizer, collector_for
 from olive.walk import Inventory, attach_config, attached_config, check_skip, exchange, walk
@@ -105,19 +104,15 @@ def _quantize_at_once(
             new = target.replacement(config)
             parameters = target.parameters()
             for name, weight in target.weights(new).items():
-                stored = quantize_parameter(
+                quantize_into(
+                    weight,
                     parameters[name],
                     config,
-                    transposed=weight.transposed,
                     name=name,
+                    samples=samples,
                     moments=moments,
                     advance=bar.advance,
                 )
-                weight.set_(stored.codes, stored.scale, stored.codebook)
-                weight.sqnr_db = stored.sqnr_db
-                if name in samples:
-                    set_activations(weight, samples.pop(name), parameters[name])
-                weight.pack_()
             replacements[target.module] = new
     return replacements
 

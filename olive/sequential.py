@@ -8,24 +8,28 @@ is that of one unit's second moments and of the unit's inputs on all calibration
 
 A unit whose first input is what the unit before it returned is run on that, with the other arguments that it
 was given once by the float model (masks, position embeddings). For any other unit the model runs up to it.
+
+The float unit runs beside it: on what the float unit before it returned, or, where a unit does not follow
+another one, on the same inputs. So layers are told how far their inputs have drifted, since the beginning of
+the chain of units that they are in.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 from torch import Tensor, nn
 
 from olive.config import QuantConfig
-from olive.nn import OVPExperts, OVPLinear
-from olive.ptq.activations import set_activations
-from olive.ptq.batches import Call, calibrating
-from olive.ptq.calibration import InputCollector, InputSample
+from olive.nn import OVPExperts, OVPLinear, OVPWeight
+from olive.ptq.batches import Call, calibrating, tensors_in
+from olive.ptq.calibration import InputCollector, InputSample, input_of
 from olive.ptq.moments import Moment, SecondMoment
-from olive.ptq.parameter import StoredWeight, quantize_parameter
+from olive.ptq.parameter import StoredWeight, quantize_into
 from olive.walk import Target, exchange
 
 Replacements = dict[nn.Module, nn.Module]
@@ -51,9 +55,8 @@ class _Unit:
     targets: list[Target]
     runs: int = 0
     follows: bool = False
-    calls: list[Call] = field(
-        default_factory=list
-    )  # of one batch each; the hidden states replaced if it follows
+    # Of one batch each. Of a unit that follows, without the first input until the unit before it is done.
+    calls: list[Call] = field(default_factory=list)
 
     @property
     def is_target(self) -> bool:
@@ -75,11 +78,6 @@ def _units(model: nn.Module, targets: tuple[Target, ...]) -> list[_Unit]:
     return list(units.values())
 
 
-def _hidden(call: Call) -> Any:
-    """The argument that a layer transforms: its first one."""
-    return call.args[0] if call.args else next(iter(call.kwargs.values()), None)
-
-
 def _with_hidden(call: Call, hidden: Tensor | None) -> Call:
     if call.args:
         return Call((hidden, *call.args[1:]), call.kwargs)
@@ -92,19 +90,16 @@ def _first_tensor(output: Any) -> Tensor | None:
     return output if isinstance(output, Tensor) else None
 
 
-def _tensors(value: Any) -> Iterator[Tensor]:
-    if isinstance(value, Tensor):
-        yield value
-    elif isinstance(value, dict):
-        for one in value.values():
-            yield from _tensors(one)
-    elif isinstance(value, (tuple, list)):
-        for one in value:
-            yield from _tensors(one)
-
-
 @contextmanager
-def _hooks(handles: list[Any]) -> Iterator[None]:
+def _watching(hooks: Iterable[tuple[nn.Module, Callable[[Call], None]]]) -> Iterator[None]:
+    """Inside, each function is told what its module is about to be called with."""
+
+    def told(watch: Callable[[Call], None], module: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
+        watch(Call(args, dict(kwargs)))
+
+    handles = [
+        module.register_forward_pre_hook(partial(told, watch), with_kwargs=True) for module, watch in hooks
+    ]
     try:
         yield
     finally:
@@ -117,15 +112,12 @@ def _order(model: nn.Module, units: list[_Unit], first: Call) -> list[_Unit]:
     started: list[_Unit] = []
     outputs: list[tuple[_Unit, Tensor]] = []  # kept, so that no tensor can take the identity of another
 
-    def before(unit: _Unit, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    def before(unit: _Unit, call: Call) -> None:
         unit.runs += 1
         if unit.runs > 1:
             return
-        call = Call(args, dict(kwargs))
-        hidden = _hidden(call)
-        others = list(_tensors((call.args[1:], call.kwargs)))
-        if not call.args:
-            others = [one for one in others if one is not hidden]
+        hidden = input_of(*call)
+        others = [one for one in tensors_in(tuple(call)) if one is not hidden]
         made = {id(tensor): maker for maker, tensor in outputs}
         unit.follows = (
             bool(started)
@@ -139,20 +131,13 @@ def _order(model: nn.Module, units: list[_Unit], first: Call) -> list[_Unit]:
         if found is not None:
             outputs.append((unit, found))
 
-    handles = []
-    for unit in units:
-        handles.append(
-            unit.module.register_forward_pre_hook(
-                lambda module, args, kwargs, unit=unit: before(unit, module, args, kwargs), with_kwargs=True
-            )
-        )
-        handles.append(
-            unit.module.register_forward_hook(
-                lambda module, args, output, unit=unit: after(unit, module, args, output)
-            )
-        )
-    with _hooks(handles):
-        first(model)
+    handles = [unit.module.register_forward_hook(partial(after, unit)) for unit in units]
+    try:
+        with _watching((unit.module, partial(before, unit)) for unit in units):
+            first(model)
+    finally:
+        for handle in handles:
+            handle.remove()
     for previous, unit in zip([None, *started], started, strict=False):
         unit.follows = (
             unit.follows
@@ -167,23 +152,13 @@ def _record(model: nn.Module, call: Call, units: list[_Unit]) -> None:
     """Run the model up to the last of some units, and note what each is called with."""
     last = units[-1]
 
-    def note(unit: _Unit, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        found = Call(args, dict(kwargs))
+    def note(unit: _Unit, found: Call) -> None:
         unit.calls.append(_with_hidden(found, None) if unit.follows else found)
         if unit is last:
             raise _Stop
 
-    handles = [
-        unit.module.register_forward_pre_hook(
-            lambda module, args, kwargs, unit=unit: note(unit, args, kwargs), with_kwargs=True
-        )
-        for unit in units
-    ]
-    with _hooks(handles):
-        try:
-            call(model)
-        except _Stop:
-            return
+    with _watching((unit.module, partial(note, unit)) for unit in units), suppress(_Stop):
+        call(model)
 
 
 class SequentialQuantizer:
@@ -272,7 +247,7 @@ class SequentialQuantizer:
     def _quantize(
         self, unit: _Unit, calls: list[Call], runner: nn.Module, exact: list[Call] | None = None
     ) -> None:
-        """Stage by stage; `exact` are the calls that the float model makes, if they are known."""
+        """Stage by stage; `exact` are the calls that the float modules get, None if they do not run."""
         stages, unreached = _stages(unit.targets, calls[0], runner)
         if unreached:  # by the first batch; another may reach them
             stages.append(unreached)
@@ -297,22 +272,22 @@ class SequentialQuantizer:
         format = self._config.activation_format
         collector = collector_for(stage, sample=format is not None, moment=SecondMoment())
 
-        def end(module: nn.Module, args: Any) -> None:
+        def end(call: Call) -> None:
             raise _Stop
 
         for number, call in enumerate(calls):
+            floats: dict[str, Tensor] = {}
             if beside is not None:
                 unit, exact = beside
                 with self._float_again(unit):
-                    collector.floats = _inputs_of(stage, exact[number], runner, stop)
+                    floats = _inputs_of(stage, exact[number], runner, stop)
+            # The stop after the collector: hooks run in the order of registration.
             with (
-                collector.collecting(),
-                # Evaluated after that: hooks run in the order of registration.
-                _hooks([] if stop is None else [stop.register_forward_pre_hook(end)]),
+                collector.collecting(floats),
+                _watching([] if stop is None else [(stop, end)]),
                 suppress(_Stop),
             ):
                 call(runner)
-            collector.floats = {}
         return collector
 
     def _exchange_experts(
@@ -351,20 +326,19 @@ class SequentialQuantizer:
         self,
         name: str,
         target: Target,
-        weights: dict[str, Any],
+        weights: dict[str, OVPWeight],
         samples: dict[str, InputSample],
         moments: dict[str, Moment],
     ) -> None:
-        weight, parameter = weights[name], target.parameters()[name]
         try:
-            stored = quantize_parameter(
-                parameter, self._config, transposed=weight.transposed, name=name, moments=moments
+            stored = quantize_into(
+                weights[name],
+                target.parameters()[name],
+                self._config,
+                name=name,
+                samples=samples,
+                moments=moments,
             )
-            weight.set_(stored.codes, stored.scale, stored.codebook)
-            weight.sqnr_db = stored.sqnr_db
-            if name in samples:
-                set_activations(weight, samples[name], parameter)
-            weight.pack_()
         except BaseException as error:
             error.add_note(f"while quantizing {name}; the model is as it was")
             raise
@@ -382,20 +356,14 @@ def _inputs_of(
     """What reaches layers in one run, by weight; not experts: the router may send tokens elsewhere."""
     found: dict[str, Tensor] = {}
 
-    def note(target: Target, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        hidden = _hidden(Call(args, kwargs))
+    def note(target: Target, call: Call) -> None:
+        hidden = input_of(*call)
         if isinstance(hidden, Tensor) and target.kind in ("linear", "conv1d"):
             found[next(iter(target.parameters()))] = hidden
         if target.module is stop:
             raise _Stop
 
-    handles = [
-        target.module.register_forward_pre_hook(
-            lambda module, args, kwargs, target=target: note(target, args, kwargs), with_kwargs=True
-        )
-        for target in stage
-    ]
-    with _hooks(handles), suppress(_Stop):
+    with _watching((target.module, partial(note, target)) for target in stage), suppress(_Stop):
         call(runner)
     return found
 
@@ -406,29 +374,19 @@ def _stages(targets: list[Target], call: Call, runner: nn.Module) -> tuple[list[
     inputs: list[Tensor] = []  # kept, as above
     seen: set[nn.Module] = set()
 
-    def note(target: Target, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    def note(target: Target, call: Call) -> None:
         if target.module in seen:
             return
         seen.add(target.module)
-        hidden = _hidden(Call(args, kwargs))
-        if (
-            stages
-            and target.kind == stages[-1][0].kind
-            and inputs[-1] is hidden
-            and "experts" not in target.kind
-        ):
+        hidden = input_of(*call)
+        together = bool(stages) and inputs[-1] is hidden and target.kind == stages[-1][0].kind
+        if together and target.kind in ("linear", "conv1d"):
             stages[-1].append(target)
             return
         stages.append([target])
         inputs.append(hidden)
 
-    handles = [
-        target.module.register_forward_pre_hook(
-            lambda module, args, kwargs, target=target: note(target, args, kwargs), with_kwargs=True
-        )
-        for target in targets
-    ]
-    with _hooks(handles):
+    with _watching((target.module, partial(note, target)) for target in targets):
         call(runner)
     return stages, [target for target in targets if target.module not in seen]
 

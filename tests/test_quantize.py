@@ -18,6 +18,7 @@ import olive
 from olive import _progress, quantization
 from olive.formats import get_codebook
 from olive.nn import OVPLinear
+from olive.ptq import parameter
 from olive.walk import attached_config
 from tests import models
 
@@ -312,7 +313,7 @@ def test_interrupted_anywhere_leaves_the_model_as_it_was(
     when: str, error: type[BaseException], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     calls = 0
-    original = quantization.quantize_parameter
+    original = parameter.quantize_parameter
 
     def second_fails(*args: Any, **kwargs: Any) -> Any:
         nonlocal calls
@@ -325,7 +326,7 @@ def test_interrupted_anywhere_leaves_the_model_as_it_was(
         raise error("stop")
 
     if when == "quantizing":
-        monkeypatch.setattr(quantization, "quantize_parameter", second_fails)
+        monkeypatch.setattr(parameter, "quantize_parameter", second_fails)
     else:
         monkeypatch.setattr(quantization, "_mark", fails)
     model = models.plain()

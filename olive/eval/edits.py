@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from olive.eval.norms import WEIGHT, Gain
 from olive.eval.readers import Reader
-from olive.eval.trace import tensors_in
+from olive.ptq.batches import tensors_in
 
 
 @dataclass

@@ -6,7 +6,7 @@ are operators between modules. A dispatch mode sees those as well.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from typing import Any
@@ -17,6 +17,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from olive.eval.norms import Call
 from olive.eval.readers import Reader
+from olive.ptq.batches import tensors_in
 
 _aten = torch.ops.aten
 _COPIES = {_aten.clone, _aten._to_copy}  # the same channels at another place
@@ -41,18 +42,6 @@ class Reads:
     def object_to(self, obstacle: str) -> None:
         """Note an obstacle, unless there is one already."""
         self.obstacle = self.obstacle or obstacle
-
-
-def tensors_in(value: object) -> Iterator[Tensor]:
-    """The tensors in nested tuples, lists and mappings: arguments of an operator, output of a model."""
-    if isinstance(value, Tensor):
-        yield value
-    elif isinstance(value, Mapping):
-        for one in value.values():
-            yield from tensors_in(one)
-    elif isinstance(value, (tuple, list)):
-        for one in value:
-            yield from tensors_in(one)
 
 
 def trace(

@@ -1,5 +1,4 @@
-"""`ovp_compensate`: round a run of columns to outlier-victim pairs while each makes up for the ones before
-it.
+"""`ovp_compensate`: round columns to outlier-victim pairs, each pair making up for the ones before it.
 
 The schema, its checks, and the definition in plain PyTorch, which also serves GPUs. The CPU kernel
 (`csrc/cpu/compensate.inl`) fuses sums, so its last bits differ, and now and then a code on a threshold.

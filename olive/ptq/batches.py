@@ -15,6 +15,18 @@ from olive.frameworks import framework_models
 _KINDS = "a mapping, tuple, list, tensor or str"
 
 
+def tensors_in(value: object) -> Iterator[Tensor]:
+    """The tensors in nested tuples, lists and mappings: arguments of an operator, output of a model."""
+    if isinstance(value, Tensor):
+        yield value
+    elif isinstance(value, Mapping):
+        for one in value.values():
+            yield from tensors_in(one)
+    elif isinstance(value, (tuple, list)):
+        for one in value:
+            yield from tensors_in(one)
+
+
 def check_batches(calibration: object) -> None:
     """Refuse what would be iterated over in a way that nobody means.
 

@@ -60,7 +60,8 @@ class InputSample:
         return InputSample(kept, together[chosen], self.seen + len(rows), max(self.largest, largest))
 
 
-def _input_of(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
+def input_of(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
+    """What a module transforms: its first argument; None if it was given none."""
     return args[0] if args else next(iter(kwargs.values()), None)
 
 
@@ -103,8 +104,7 @@ class InputCollector:
         self._nothing = _Gathered(InputSample() if sample else None, moment)
         self._samples: dict[str, InputSample | None] = {}
         self._moments: dict[str, Moment | None] = {}
-        #: Inputs that the float model has in this batch, by weight: [..., K] as the layer's own.
-        self.floats: dict[str, Tensor] = {}
+        self._floats: Mapping[str, Tensor] = {}
         # The last input and what it made of what was known: layers that are given it next share the result.
         self._last: tuple[Tensor, _Gathered, _Gathered] | None = None
 
@@ -117,9 +117,15 @@ class InputCollector:
         return {name: one for name, one in self._moments.items() if one is not None and one.seen}
 
     @contextmanager
-    def collecting(self) -> Iterator[None]:
-        """Hooks are on inside, and off afterwards whatever happens."""
+    def collecting(self, floats: Mapping[str, Tensor] = MappingProxyType({})) -> Iterator[None]:
+        """Hooks are on inside, and off afterwards whatever happens.
+
+        Args:
+            floats: what the float model has in the place of the layers' inputs in the one batch that is to
+                run, by weight: [..., K].
+        """
         handles = []
+        self._floats = floats
         try:
             for name, module in self._linears.items():
                 hook = partial(self._on_linear, name)
@@ -131,14 +137,14 @@ class InputCollector:
         finally:
             for handle in handles:
                 handle.remove()
-            self._last = None
+            self._last, self._floats = None, {}
 
     def end_batch(self) -> None:
         """Let go of the last input."""
         self._last = None
 
     def _on_linear(self, name: str, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        found = _input_of(args, kwargs)
+        found = input_of(args, kwargs)
         if isinstance(found, Tensor):
             self._add(name, found)
 
@@ -168,7 +174,7 @@ class InputCollector:
                 f"got NaN or Inf; check the data, or load the model in bfloat16 or float32 if it overflows "
                 f"in float16"
             )
-        floats = self.floats.get(name)
+        floats = self._floats.get(name)
         if floats is not None:
             floats = floats.reshape(-1, floats.shape[-1]) if floats.shape == found.shape else None
         return before.updated(found.reshape(-1, found.shape[-1]), largest, floats)
@@ -177,7 +183,7 @@ class InputCollector:
         self, names: tuple[str, str], module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> None:
         first, down = names
-        states = _input_of(args, kwargs)
+        states = input_of(args, kwargs)
         if not isinstance(states, Tensor):
             return
         if names in self._sorted:

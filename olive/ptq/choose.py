@@ -20,21 +20,23 @@ def choose_codebook(weight: Tensor, config: QuantConfig, importance: Tensor | No
     on a sample of the rows.
 
     Args:
-        weight: float [N, K], finite; a stack as one tall matrix.
+        weight: float [N, K], finite, or a stack [E, N, K], which has one codebook.
         config: of 4 bits. Where it quantizes activations, "auto" leaves out flint4, which has no integer
             products.
         importance: float32 [K] or None, as in `quantize_weight`.
     """
+    if config.codebook in CODEBOOKS:
+        return get_codebook(config.codebook)
+    weight = weight.flatten(0, -2)
     if config.codebook == LEARNED:
         return fit_codebook(weight, config.group_size, importance)
     if config.codebook == PAPER:
         books: Sequence[Codebook] = [get_codebook(name) for name in PAPER_CODEBOOKS]
         rows = weight.float().contiguous()
-    elif config.codebook == AUTO:
+    else:
+        assert config.codebook == AUTO
         named = [book for book in CODEBOOKS.values() if book.is_int8 or config.activations is None]
         books = [fit_codebook(weight, config.group_size, importance), *named]
         rows = sample_rows(weight, SAMPLE_VALUES)
-    else:
-        return get_codebook(config.codebook)
     sample = Sample(rows, config.group_size, importance, config.method)
     return min(books, key=lambda book: sample.search(book)[0])

@@ -37,7 +37,7 @@ class Compensated(NamedTuple):
 
     codes: Tensor  # uint8 [N, ceil(K / 2)]
     scale: Tensor  # int16 [N, G]
-    loss: float  # tr((W - Q) H (W - Q)^T) / tr(W H W^T), the error of the output relative to its energy
+    loss: float  # tr((V - Q) H (V - Q)^T) / tr(W H W^T), H damped, V the weight W with `drift` made up for
     damping: float  # what was used, in units of the mean of H's diagonal
 
 
@@ -139,7 +139,7 @@ def _factor(h: Tensor, damping: float) -> tuple[Tensor, float]:
     mean = h.diagonal().mean()
     if not bool(torch.isfinite(mean)) or float(mean) <= 0:
         raise ValueError(f"second_moment: expected a finite, positive diagonal, got a mean of {float(mean)}")
-    while damping <= MAX_DAMPING:
+    while True:
         damped = h / mean
         damped.diagonal().add_(damping)
         # With the order of the columns turned round, H = M M^T with M upper, and U is M^-1.
@@ -150,10 +150,11 @@ def _factor(h: Tensor, damping: float) -> tuple[Tensor, float]:
             factor = torch.linalg.solve_triangular(upper, identity, upper=True) / mean.sqrt()
             if bool(torch.isfinite(factor).all()):
                 return factor, damping
-        damping = max(10 * damping, 1e-3)
-    raise ValueError(
-        f"second_moment: expected a positive definite matrix with damping {MAX_DAMPING}, got none"
-    )
+        if damping >= MAX_DAMPING:
+            raise ValueError(
+                f"second_moment: expected a positive definite matrix with damping {MAX_DAMPING}, got none"
+            )
+        damping = min(max(10 * damping, 1e-3), MAX_DAMPING)
 
 
 def _best(
@@ -182,9 +183,7 @@ def _candidates(
     values: Tensor, factor: Tensor, codebook: Codebook, table: Tensor, group_size: int
 ) -> Iterator[Tensor]:
     """Stored scales [N] worth trying for a group of columns: of each rule the best one and its neighbours."""
-    importance = (
-        factor.diagonal().square().reciprocal()
-    )  # what an error costs while later columns make up for it
+    importance = factor.diagonal().square().reciprocal()  # an error's cost, later columns making up for it
     importance = importance / importance.max()
     _, pair_grid, plain_grid = search_grids("search", codebook.name, group_size)
     grids: list[tuple[list[float], list[float]]] = [(pair_grid, [])]

@@ -5,13 +5,16 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from types import MappingProxyType
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from olive.config import QuantConfig
 from olive.formats.codebooks import Codebook
+from olive.nn import OVPWeight
+from olive.ptq.activations import set_activations
+from olive.ptq.calibration import InputSample
 from olive.ptq.choose import choose_codebook
 from olive.ptq.gptq import compensate
 from olive.ptq.moments import Moment, SecondMoment, relative
@@ -83,9 +86,8 @@ def quantize_parameter(
     codebook = None
     if config.bits == 4:
         parts = {part: checked(matrix, name + part) for part, matrix in parts.items()}
-        tall = weight if weight.dim() != 3 else weight.flatten(0, 1)
         known = [] if config.method == "paper" else [moments.get(name + part) for part in parts]
-        codebook = choose_codebook(tall, config, _importance(known))
+        codebook = choose_codebook(weight, config, _importance(known))
     found: dict[str, _Matrix] = {}
     signal = noise = 0.0
     for part, matrix in parts.items():
@@ -110,6 +112,37 @@ def quantize_parameter(
     )
 
 
+def quantize_into(
+    weight: OVPWeight,
+    parameter: Tensor,
+    config: QuantConfig,
+    *,
+    name: str,
+    samples: dict[str, InputSample],
+    moments: Mapping[str, Moment],
+    advance: Callable[[int], None] | None = None,
+) -> StoredWeight:
+    """Fill an empty weight from its float parameter, what its input needs included, and pack it.
+
+    Args:
+        weight: empty.
+        samples: of the inputs, by name; this weight's is taken out.
+        parameter, config, name, moments, advance: as in `quantize_parameter`, whose errors are raised.
+
+    Returns:
+        What it was filled with.
+    """
+    stored = quantize_parameter(
+        parameter, config, transposed=weight.transposed, name=name, moments=moments, advance=advance
+    )
+    weight.set_(stored.codes, stored.scale, stored.codebook)
+    weight.sqnr_db = stored.sqnr_db
+    if (sample := samples.pop(name, None)) is not None:
+        set_activations(weight, sample, parameter)
+    weight.pack_()
+    return stored
+
+
 def _importance(moments: list[Moment | None]) -> Tensor | None:
     """What errors in each column cost all parts together."""
     known = [one for one in moments if one is not None]
@@ -128,14 +161,17 @@ def _quantize_matrix(
     if codebook is None:
         return _Matrix(*quantize_weight8(weight, config, name=name), None, None)
     if config.method == "gptq" and isinstance(moment, SecondMoment) and moment.can_compensate():
-        options: dict[str, Any] = {
-            "drift": moment.drift,
-            "damping": config.damping,
-            "activation_order": config.activation_order,
-        }
         assert moment.total is not None
         try:
-            found = compensate(weight, moment.total, codebook, config.group_size, **options)
+            found = compensate(
+                weight,
+                moment.total,
+                codebook,
+                config.group_size,
+                damping=config.damping,
+                activation_order=config.activation_order,
+                drift=moment.drift,
+            )
         except ValueError as error:
             raise ValueError(f"{name}: {error}") from error
         return _Matrix(found.codes, found.scale, codebook.tensor().to(weight.device), found.loss)

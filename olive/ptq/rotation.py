@@ -96,34 +96,24 @@ class _Change:
         embedding: Any = decoder.embed_tokens
         self._set(embedding, "weight", self._right(embedding.weight))
         for layer in decoder.layers:
-            attention = layer.self_attn
-            self._read(layer.input_layernorm, [attention.q_proj, attention.k_proj, attention.v_proj])
+            attention, mlp = layer.self_attn, layer.mlp
+            self._read(layer.input_layernorm, attention.q_proj, attention.k_proj, attention.v_proj)
             self._write(attention.o_proj)
-            self._mlp(layer.post_attention_layernorm, layer.mlp)
-        self._read(decoder.norm, [model.lm_head])
+            experts = getattr(mlp, "experts", None)
+            if experts is None:
+                self._read(layer.post_attention_layernorm, mlp.gate_proj, mlp.up_proj)
+                self._write(mlp.down_proj)
+            else:  # mlp.gate is the router
+                self._read(layer.post_attention_layernorm, mlp.gate, (experts, "gate_up_proj"))
+                self._set(experts, "down_proj", self._left(experts.down_proj))
+        self._read(decoder.norm, model.lm_head)
 
-    def _mlp(self, norm: Any, mlp: Any) -> None:
-        experts = getattr(mlp, "experts", None)
-        if experts is None:
-            self._read(norm, [mlp.gate_proj, mlp.up_proj])
-            self._write(mlp.down_proj)
-            return
-        gain = norm.weight.detach()
-        self._read(norm, [mlp.gate])
-        up, down = experts.gate_up_proj, experts.down_proj
-        if getattr(experts, "is_transposed", False):
-            up, down = up.transpose(-1, -2), down.transpose(-1, -2)
-        new_up, new_down = self._right(up * gain), self._left(down)
-        if getattr(experts, "is_transposed", False):
-            new_up, new_down = new_up.transpose(-1, -2), new_down.transpose(-1, -2)
-        self._set(experts, "gate_up_proj", new_up.contiguous())
-        self._set(experts, "down_proj", new_down.contiguous())
-
-    def _read(self, norm: Any, readers: list[Any]) -> None:
-        """Fold a norm's weight and the inverse rotation into what reads it."""
+    def _read(self, norm: Any, *readers: Any) -> None:
+        """Fold a norm's weight and the inverse rotation into what reads it: layers, or modules with a key."""
         gain = norm.weight.detach().float()
         for reader in readers:
-            self._set(reader, "weight", self._right(reader.weight.detach().float() * gain))
+            module, key = reader if isinstance(reader, tuple) else (reader, "weight")
+            self._set(module, key, self._right(getattr(module, key).detach().float() * gain))
         self._set(norm, "weight", torch.ones_like(norm.weight))
 
     def _write(self, writer: Any) -> None:

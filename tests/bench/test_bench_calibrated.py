@@ -22,18 +22,8 @@ from olive.eval import perplexity
 
 
 @pytest.fixture
-def llama() -> Any:
-    from transformers import LlamaConfig, LlamaForCausalLM
-
-    config = LlamaConfig(
-        vocab_size=64,
-        hidden_size=32,
-        intermediate_size=48,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        num_key_value_heads=1,
-    )
-    return LlamaForCausalLM(config).eval()
+def llama(tiny_llama: Any) -> Any:
+    return tiny_llama
 
 
 @pytest.fixture

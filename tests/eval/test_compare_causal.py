@@ -15,23 +15,7 @@ import olive
 import olive.eval.scoring
 from olive.eval import CausalComparison, compare_causal, perplexity
 from tests import models
-
-
-class Fixed(nn.Module):
-    """The same logits [V] everywhere, or one row [V] for each position."""
-
-    def __init__(self, logits: Tensor) -> None:
-        super().__init__()
-        self.logits, self.shapes = nn.Parameter(logits), list[tuple[int, ...]]()
-
-    def forward(self, input_ids: Tensor, use_cache: bool) -> Any:
-        self.shapes.append(tuple(input_ids.shape))
-        assert not use_cache and not self.training
-        return type("Output", (), {"logits": self.logits.expand(*input_ids.shape, -1)})
-
-
-def text(length: int) -> Tensor:
-    return torch.randint(models.VOCABULARY, (length,), generator=torch.Generator().manual_seed(0))
+from tests.eval.fixed import Fixed, text
 
 
 def pair(noise: float = 0.03) -> tuple[Any, Any]:

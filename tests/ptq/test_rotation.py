@@ -165,7 +165,7 @@ def test_hidden_sizes_without_a_matrix_are_refused() -> None:
 
 @pytest.mark.parametrize("name", ["llama", "qwen3"])
 def test_a_failure_later_on_takes_the_rotation_back(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    from olive import quantization
+    from olive.ptq import parameter
 
     model = _built(name)
     before = snapshot(model)
@@ -174,7 +174,7 @@ def test_a_failure_later_on_takes_the_rotation_back(name: str, monkeypatch: pyte
     def fails(*args: Any, **kwargs: Any) -> Any:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(quantization, "quantize_parameter", fails)
+    monkeypatch.setattr(parameter, "quantize_parameter", fails)
     with pytest.raises(KeyboardInterrupt):
         olive.quantize(model, ROTATE)
     assert_untouched(model, before)
