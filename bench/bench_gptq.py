@@ -4,8 +4,8 @@
     python -m bench.bench_gptq --quick    # a tiny shape: only shows that it runs
 
 Random weights with heavy tails and correlated inputs, `adaptive` codes in groups of 128. `compensate` is the
-whole of
-a layer: factor, scales and codes. Rows are appended to `bench/results/gptq.csv`.
+whole of a layer: factor, scales and codes. Rows are appended to `bench/results/gptq.csv`; on a GPU
+`bench.gpu.gptq` measures the same.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import torch
 import typer
@@ -21,6 +21,7 @@ from rich.console import Console
 from rich.table import Table
 
 from bench.common import RESULTS, append_csv, environment
+from bench.gpu.device import synchronize
 from olive.formats import get_codebook
 from olive.ptq.gptq import compensate
 from olive.ptq.moments import SecondMoment
@@ -30,19 +31,19 @@ ROWS = 2048  # tokens of one batch
 
 
 def measure(rows: int, columns: int, device: torch.device) -> dict[str, float]:
-    """Seconds of both steps."""
-    generator = torch.Generator().manual_seed(0)
-    mix = torch.randn(columns, columns, generator=generator) / columns**0.5
-    x = (torch.randn(ROWS, columns, generator=generator) @ (torch.eye(columns) + mix)).to(device)
-    normal = torch.randn(rows, columns, generator=generator)
-    weight = (normal / torch.rand(rows, columns, generator=generator).clamp(min=0.05).sqrt()).to(device)
+    """Seconds of each step."""
+    options: dict[str, Any] = {"generator": torch.Generator(device).manual_seed(0), "device": device}
+    x = torch.randn(ROWS, columns, **options)
+    x = x + x @ torch.randn(columns, columns, **options) / columns**0.5
+    normal = torch.randn(rows, columns, **options)
+    weight = normal / torch.rand(rows, columns, **options).clamp(min=0.05).sqrt()
     moment = SecondMoment().updated(x)  # warms up
 
     def seconds(work: Callable[[], object]) -> float:
+        synchronize(device)
         start = time.perf_counter()
         work()
-        if device.type == "cuda":
-            torch.cuda.synchronize(device)
+        synchronize(device)
         return time.perf_counter() - start
 
     gathered = seconds(lambda: moment.updated(x))
@@ -55,7 +56,6 @@ def measure(rows: int, columns: int, device: torch.device) -> dict[str, float]:
 
 
 def main(
-    device: Annotated[str, typer.Option(help="cpu, or cuda.")] = "cpu",
     output: Annotated[Path | None, typer.Option(help="CSV to append to.")] = RESULTS / "gptq.csv",
     quick: Annotated[bool, typer.Option(help="A tiny shape.")] = False,
 ) -> None:
@@ -63,14 +63,14 @@ def main(
     table = Table("N x K", "step", "seconds", "per second")
     lines = []
     for rows, columns in ((32, 128),) if quick else SHAPES:
-        for step, took in measure(rows, columns, torch.device(device)).items():
+        for step, took in measure(rows, columns, torch.device("cpu")).items():
             values, unit = (ROWS, "rows") if step == "moments" else (rows * columns, "weights")
             lines.append(
                 {
                     "step": step,
                     "n": rows,
                     "k": columns,
-                    "device": device,
+                    "device": "cpu",
                     "seconds": f"{took:.4g}",
                     "per_second": f"{values / took:.4g}",
                     "unit": unit,

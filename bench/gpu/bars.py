@@ -102,6 +102,7 @@ OTHERS = (
         "default search, 7 B weights: seconds", "ovp_quantize", "mweights_s", 30, at_least=False,
         factor=_WEIGHTS_7B, inverse=True,
     ),
+    Bar("GPTQ of an 8 B model: minutes", "gptq_model", "seconds", 15, at_least=False, factor=1 / 60),
 )  # fmt: skip
 
 

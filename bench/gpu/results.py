@@ -33,6 +33,7 @@ FIGURES = (
     "mweights_s",
     "tokens_s",
     "peak_gib",
+    "seconds",  # of a whole model
     "note",
 )
 
@@ -109,6 +110,16 @@ def line(row: Row) -> str:
     """A row in words: what was measured, then every figure by its column."""
     shape = f"{row['n']} x {row['k']}" if row["n"] else ""
     what = f"{row['op']:<15} {row['backend']:<13} M {row['m'] or '-':<5} {shape:<14}"
-    shown = ("median_ms", "gb_s", "of_copy", "tflop_s", "speedup", "mweights_s", "tokens_s", "peak_gib")
+    shown = (
+        "median_ms",
+        "gb_s",
+        "of_copy",
+        "tflop_s",
+        "speedup",
+        "mweights_s",
+        "tokens_s",
+        "peak_gib",
+        "seconds",
+    )
     figures = [f"{name} {row[name]}" for name in shown if row[name]]
     return "  ".join((what, *figures, *(row[name] for name in ("plan", "note") if row[name])))

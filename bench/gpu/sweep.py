@@ -23,7 +23,7 @@ from olive.ops.gpu_dispatch import HOPPER, Gpu, Plan
 OP = "ovp_linear_plan"
 QUANTIZED_OP = "ovp_linear_quantized_plan"
 SHAPES = ((4096, 4096), (14336, 4096), (28672, 8192))  # N, K
-ROWS = (8, 16, 32, 64, 96, 128, 256, 1024, 4096)  # M
+ROWS = (1, 8, 16, 32, 64, 96, 128, 256, 1024, 4096)  # M
 QUANTIZED_KINDS = ("olive_w4a8", "olive_w4a8_g128", "olive_w4a8_row")
 SECONDS = 0.15  # per shape and M, for all plans
 _MOST_REREADS = 16  # blocks of activation rows, each of which decodes the weight again

@@ -194,6 +194,26 @@ void quantize(uintptr_t weight, int type, int64_t n, int64_t k, int group_size, 
                aligned_pointer<int32_t>("not_finite", not_finite, 4), stream);
 }
 
+void compensate(uintptr_t values, uintptr_t scale, int64_t scales_per_row, uintptr_t factor, uintptr_t codebook,
+                int64_t rows, int64_t columns, uintptr_t codes, uintptr_t errors, uintptr_t loss, uintptr_t stream) {
+  check_weight_shape(rows, columns, -1);
+  if (columns % 2 != 0) throw std::invalid_argument("columns: expected an even number");
+  if (scales_per_row != 1 && scales_per_row != columns / 2) {
+    throw std::invalid_argument("scales_per_row: expected 1, or one per pair");
+  }
+  const Compensation run = {pointer<const float>("values", values),
+                            pointer<const int16_t>("scale", scale),
+                            scales_per_row,
+                            aligned_pointer<const float>("factor", factor, 8),
+                            pointer<const int8_t>("codebook", codebook),
+                            rows,
+                            columns,
+                            pointer<uint8_t>("codes", codes),
+                            pointer<float>("errors", errors),
+                            pointer<float>("loss", loss)};
+  ovp_compensate(run, stream);
+}
+
 int copy_multiples(const char* name, const std::vector<float>& from, float (&to)[kMostMultiples]) {
   if (from.size() > kMostMultiples) {
     throw std::invalid_argument(std::string(name) + ": expected at most " + std::to_string(kMostMultiples) +
@@ -267,6 +287,8 @@ void bind(py::module_& module) {
   module.def("decode", &decode);
   module.def("encode", &encode);
   module.def("quantize", &quantize);
+  module.def("compensate", &compensate);
+  module.def("most_compensated_columns", &most_compensated_columns);
   module.def("quantize_activations", &quantize_activation_levels);
   module.def("mma_shapes", [] { return shape_list(mma_shapes()); });
   module.def("quantized_mma_shapes", [] { return shape_list(quantized_mma_shapes()); });

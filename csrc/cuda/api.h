@@ -113,6 +113,23 @@ struct Search {
 void ovp_quantize(const WeightSource& weight, const Search& search, uint8_t* codes, int16_t* scale, int32_t* not_finite,
                   uintptr_t stream);
 
+// A run of columns to round with error compensation, row-major; olive/ops/compensate.py defines it.
+struct Compensation {
+  const float* values;     // [rows, columns], columns even
+  const int16_t* scale;    // [rows, scales_per_row]
+  int64_t scales_per_row;  // 1, or one per pair
+  const float* factor;     // U [columns, columns], upper, aligned to 8 bytes
+  const int8_t* codebook;  // [32]
+  int64_t rows, columns;
+  uint8_t* codes;  // [rows, columns / 2]
+  float* errors;   // [rows, columns]
+  float* loss;     // [rows]
+};
+
+void ovp_compensate(const Compensation& run, uintptr_t stream);
+// What a run may have, for a block's shared memory in bytes.
+int64_t most_compensated_columns(int shared_per_block);
+
 enum class ActivationFormat : int { int8 = 0, ovp4 = 1, ovp8 = 2 };
 enum class LevelType : int { f32 = 0, bf16 = 1, f16 = 2, int8 = 3 };
 

@@ -15,7 +15,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from olive.ops import cuda, cuda_quantized, reference, reference_quantized, triton, triton_quantized
+from olive.ops import (
+    compensate,
+    cuda,
+    cuda_compensate,
+    cuda_quantized,
+    reference,
+    reference_quantized,
+    triton,
+    triton_quantized,
+)
 from olive.ops.schemas import library
 
 VARIABLE = "OLIVE_GPU_BACKEND"
@@ -26,6 +35,7 @@ _Functions = dict[str, Callable[..., Any]]
 _REFERENCE: _Functions = {
     "ovp_quantize": reference.ovp_quantize_reference,
     "ovp_encode": reference.ovp_encode_reference,
+    "ovp_compensate": compensate.ovp_compensate_reference,
     "ovp_decode": reference.ovp_decode_reference,
     "ovp_pack": reference.ovp_pack_reference,
     "ovp_unpack": reference.ovp_unpack_reference,
@@ -68,6 +78,7 @@ _BACKENDS: dict[str, _Functions] = {
     "cuda": {
         "ovp_quantize": cuda.ovp_quantize_cuda,
         "ovp_encode": cuda.ovp_encode_cuda,
+        "ovp_compensate": cuda_compensate.ovp_compensate_cuda,
         "ovp_decode": cuda.ovp_decode_cuda,
         "ovp_pack": cuda.ovp_pack_cuda,
         "ovp_unpack": cuda.ovp_unpack_cuda,

@@ -33,7 +33,7 @@ SOURCES = (
     CSRC / "bindings/cuda.cpp",
     *(
         CSRC / "cuda" / f"{name}.cu"
-        for name in ("pack", "decode", "encode", "search", "quantize_activations")
+        for name in ("pack", "decode", "encode", "search", "compensate", "quantize_activations")
     ),
     *(CSRC / "cuda" / f"linear_{name}.cu" for name in ("mma", "quantized_mma")),
     *(CSRC / "cuda" / f"linear_{name}_sm90.cu" for name in ("wgmma", "quantized_wgmma")),

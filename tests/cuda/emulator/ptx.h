@@ -25,6 +25,9 @@ struct __nv_bfloat16 {};
 struct uint4 {
   uint32_t x, y, z, w;
 };
+struct float2 {
+  float x, y;
+};
 inline uint4 make_uint4(uint32_t x, uint32_t y, uint32_t z, uint32_t w) { return {x, y, z, w}; }
 
 #define threadIdx (::olive::emulator::Index{static_cast<unsigned>(::olive::emulator::self().index), 0, 0})
