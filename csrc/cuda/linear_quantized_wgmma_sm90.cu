@@ -3,8 +3,8 @@
 // of columns under one scale of each, added first to last with one fused multiply-add each.
 //
 // A block is a producer, which has the copy engine bring 128 columns of activations to shared memory, and two
-// warpgroups of consumers with 64 weight rows each. Codes and scales of weights go through shared memory too: a thread
-// copies what it will read itself, so that no barrier is needed and no register holds them.
+// warpgroups of consumers with 64 weight rows each. Codes and scales of weights go through shared memory too
+// (CodeStream).
 //
 // With scales in between, the int32 sums of 64 activation rows are one of two sets: while one is multiplied, the other
 // is made floats and added. That is two instructions an output and run (three with groups of activations); a run of
@@ -45,6 +45,9 @@ template <Scaling kScalingV, int kBlockV, int kTokensV, int kStagesV>
 struct Shape {
   static constexpr Scaling kScaling = kScalingV;
   using Sum = std::conditional_t<kScaling == Scaling::kOnce, int, float>;
+  // A step's fragments beside those being multiplied, where registers are left: 128 sums of 256 rows leave none beside
+  // the int32 sums of a run.
+  static constexpr bool kDecodesAhead = kTokensV < 256 || kScalingV == Scaling::kOnce;
   static constexpr int kBlock = kBlockV, kTokens = kTokensV, kStages = kStagesV;
   static constexpr int kBlocks = kStageColumns / kBlock;                 // runs of a stage
   static constexpr int kGroups = kBlock == 32 ? 2 : 1;                   // scales of a tile of the weight
@@ -52,13 +55,12 @@ struct Shape {
   static constexpr int kRows = 64 * kConsumers;
   static constexpr int kStageBytes = kTokens * kStageColumns;
   static constexpr int kScaleBytes = kScaling == Scaling::kByBoth ? kBlocks * kTokens * 4 : 0;  // of activations
-  // What a warp has of a stage's codes: two times 16 bytes a lane, then its scales.
-  static constexpr int kCodeBytes = 32 * (2 * 16 + kWeightScales * 4);
-  static constexpr int kCodeStages = kTokens == 256 ? 3 : 4;  // that is how long a stage takes, and what fits
+  // So many steps are on their way: that is how long a stage takes, and what fits.
+  using Codes = CodeShape<1, 2, kWeightScales, kTokens == 256 ? 3 : 4>;
   static constexpr int kStagesAt = kTableBytes;
   static constexpr int kScalesAt = kStagesAt + kStages * kStageBytes;
   static constexpr int kCodesAt = kScalesAt + kStages * kScaleBytes;
-  static constexpr int kOutAt = kCodesAt + kCodeStages * 4 * kConsumers * kCodeBytes;
+  static constexpr int kOutAt = kCodesAt + Codes::kStages * Codes::kStageBytes;
   static constexpr int kBarriersAt = kOutAt + kConsumers * kOutBytes;
   static constexpr int kShared = kBarriersAt + 2 * kStages * 8;
   static_assert(kShared <= 227 * 1024, "what a block may have on Hopper");
@@ -93,73 +95,20 @@ __device__ void produce(const Problem& problem, const TensorMap* x, unsigned cha
   }
 }
 
-// This thread's codes and scales on their way to its own places in shared memory, step after step and tile after tile.
-template <class S>
-struct CodeStream {
-  uint32_t place;  // of code stage 0
-  TileRows rows;
-  int task, step, stage;
-
-  __device__ CodeStream(const Problem& problem, uint32_t codes, int warpgroup, int warp, int lane)
-      : place(codes + (warpgroup * 4 + warp) * S::kCodeBytes + lane * 16), task(blockIdx.x), step(0), stage(0) {
-    begin(problem, warpgroup, warp, lane);
-  }
-
-  __device__ void begin(const Problem& problem, int warpgroup, int warp, int lane) {
-    const Tile tile(problem.tiles, task);
-    rows = problem.weight.rows((tile.row_unit * kConsumers + warpgroup) * 4, 4, lane).below(problem.weight, warp);
-  }
-
-  static __device__ uint32_t stage_bytes(int stage) { return stage * (4 * kConsumers * S::kCodeBytes); }
-  // Where scale i of a lane is, beside its first 16 bytes.
-  static __device__ uint32_t scale_place(uint32_t codes, int i, int lane) {
-    return codes + 32 * 32 + i * 128 - lane * 12;
-  }
-
-  __device__ void copy(const Problem& problem, int tasks, int steps, int warpgroup, int warp, int lane) {
-    if (task < tasks) {
-      const uint32_t to = place + stage_bytes(stage);
-      const int last = problem.weight.column_tiles - 1;
-#pragma unroll
-      for (int tile = 0; tile < 2; ++tile) {
-        const int wanted = 2 * step + tile;
-        const uint32_t column = wanted < last ? wanted : last;  // past K: activations are zero
-        copy_async(to + tile * 512, rows.codes + column * 32u, true);
-      }
-#pragma unroll
-      for (int i = 0; i < S::kWeightScales; ++i) {
-        const uint32_t half = (step * kStageColumns / 32 + i * (4 / S::kWeightScales)) >> problem.weight.half_shift;
-        const uint32_t end = problem.weight.groups - 1;
-        copy_async_word(scale_place(to, i, lane), rows.scales + (half < end ? half : end) * 8u);
-      }
-      if (++step == steps) {
-        step = 0;
-        task += gridDim.x;
-        begin(problem, warpgroup, warp, lane);
-      }
-    }
-    copy_async_commit();
-    stage = stage + 1 == S::kCodeStages ? 0 : stage + 1;
-  }
-};
-
-__device__ __forceinline__ uint32_t shared_word(const unsigned char* from) {
-  return *reinterpret_cast<const uint32_t*>(from);
-}
-
 // A stage of the weight: four products along the columns.
 template <class S>
 struct Decoded {
   uint32_t a[4][4];
   uint32_t scales[S::kWeightScales];
 
-  // codes: this lane's first 16 bytes.
-  __device__ __forceinline__ void decode(const unsigned char* table, const unsigned char* codes, int lane) {
+  // step: what CodeStream::wait returned.
+  __device__ __forceinline__ void decode(const unsigned char* table, const unsigned char* step, int lane) {
+    using Stream = CodeStream<typename S::Codes>;
 #pragma unroll
-    for (int i = 0; i < S::kWeightScales; ++i) scales[i] = shared_word(codes + 32 * 32 + i * 128 - lane * 12);
+    for (int i = 0; i < S::kWeightScales; ++i) scales[i] = Stream::scales(step, 0, i, lane);
 #pragma unroll
     for (int tile = 0; tile < 2; ++tile) {
-      const uint4 words = *reinterpret_cast<const uint4*>(codes + tile * 512);
+      const uint4 words = Stream::codes(step, 0, tile);
       const TableRows first(scales[(4 * tile) * S::kWeightScales / 8], lane);
       const TableRows second(scales[(4 * tile + 2) * S::kWeightScales / 8], lane);
       decode_int8_fragment(a[2 * tile], table, first, words.x, words.y);
@@ -189,10 +138,10 @@ __device__ __forceinline__ void add_scaled(float* total, const int (&part)[kChun
 }
 
 // The products of a stage with scales in between: units of one run of columns and 64 activation rows, each multiplied
-// while the one before is scaled.
-template <class S>
+// while the one before is scaled. `meanwhile` is done while the last one is multiplied.
+template <class S, class Meanwhile>
 __device__ __forceinline__ void multiply_scaled(float (&total)[S::kTokens / 2], const Decoded<S>& weight,
-                                                uint64_t stage, const float* scale_x, int lane) {
+                                                uint64_t stage, const float* scale_x, int lane, Meanwhile meanwhile) {
   constexpr int kChunks = S::kTokens / kChunk, kUnits = S::kBlocks * kChunks, kProducts = S::kBlock / 32;
   int part[2][kChunk / 2];
   const auto scale = [&](int unit) {
@@ -216,6 +165,7 @@ __device__ __forceinline__ void multiply_scaled(float (&total)[S::kTokens / 2], 
       scale(unit - 1);
     }
   }
+  meanwhile();
   wgmma_wait<0>();
   scale(kUnits - 1);
 }
@@ -276,22 +226,18 @@ __device__ void consume(const Problem& problem, unsigned char* shared, int tasks
   const uint32_t stages = shared_address(shared + S::kStagesAt), full = shared_address(shared + S::kBarriersAt);
   const uint32_t empty = full + 8 * S::kStages;
   const auto* scales = reinterpret_cast<const float*>(shared + S::kScalesAt);
-  const unsigned char* own_codes = shared + S::kCodesAt + (warpgroup * 4 + warp) * S::kCodeBytes + lane * 16;
   unsigned char* staging = shared + S::kOutAt + warpgroup * kOutBytes;
 
-  CodeStream<S> stream(problem, shared_address(shared + S::kCodesAt), warpgroup, warp, lane);
-  for (int i = 0; i < S::kCodeStages - 1; ++i) stream.copy(problem, tasks, steps, warpgroup, warp, lane);
-
-  int code_stage = 0;
+  CodeStream<typename S::Codes> stream(problem.weight, problem.tiles, steps, shared + S::kCodesAt, warpgroup, warp,
+                                       lane);
+  const auto decode = [&](Decoded<S>& weight) {
+    weight.decode(shared, stream.wait(), lane);
+    stream.next();
+  };
   Slot<S::kStages> slot;
   for (int task = blockIdx.x; task < tasks; task += gridDim.x) {
     typename S::Sum total[S::kTokens / 2] = {};
-    for (int step = 0; step < steps; ++step) {
-      Decoded<S> weight;
-      copy_async_wait<S::kCodeStages - 2>();  // this thread's own: nobody else reads them
-      weight.decode(shared, own_codes + CodeStream<S>::stage_bytes(code_stage), lane);
-      stream.copy(problem, tasks, steps, warpgroup, warp, lane);
-      code_stage = code_stage + 1 == S::kCodeStages ? 0 : code_stage + 1;
+    const auto multiply = [&](int step, const Decoded<S>& weight, auto meanwhile) {
       barrier_wait(full + 8 * slot.stage, slot.parity);
       // From one lane, so that the compiler knows it for all and adds to it on the uniform datapath.
       const uint64_t stage = describe(__shfl_sync(0xFFFFFFFFu, stages + slot.stage * S::kStageBytes, 0));
@@ -302,13 +248,31 @@ __device__ void consume(const Problem& problem, unsigned char* shared, int tasks
           wgmma_int8<S::kTokens>(total, weight.a[product], further(stage, 32 * product), step > 0 || product > 0);
         }
         wgmma_commit();
+        meanwhile();
         wgmma_wait<0>();
         hold(total);
       } else {
-        multiply_scaled<S>(total, weight, stage, scales + slot.stage * (S::kScaleBytes / 4), lane);
+        multiply_scaled<S>(total, weight, stage, scales + slot.stage * (S::kScaleBytes / 4), lane, meanwhile);
       }
       if (lane == 0) barrier_arrive(empty + 8 * slot.stage);
       slot.next();
+    };
+    if constexpr (S::kDecodesAhead) {
+      Decoded<S> even, odd;
+      decode(even);
+      const auto decode_after = [&](int step, Decoded<S>& weight) {
+        if (step + 1 < steps) decode(weight);
+      };
+      for (int step = 0; step < steps; step += 2) {
+        multiply(step, even, [&] { decode_after(step, odd); });
+        if (step + 1 < steps) multiply(step + 1, odd, [&] { decode_after(step + 1, even); });
+      }
+    } else {
+      for (int step = 0; step < steps; ++step) {
+        Decoded<S> weight;
+        decode(weight);
+        multiply(step, weight, [] {});
+      }
     }
     const Tile tile(problem.tiles, task);
     const int64_t row = static_cast<int64_t>(tile.row_unit) * S::kRows + warpgroup * 64;
@@ -340,6 +304,8 @@ __global__ void __launch_bounds__(kWgmmaThreads, 1)
     }
     barrier_init_fence();
   }
+  wait_for_launch_before();
+  let_next_launch_start();
   fill_int8_table(shared, problem.codebook, threadIdx.x, kWgmmaThreads);
   __syncthreads();
   // 24 + 2 x 240 registers for four warps each: 64 512 of 65 536.
@@ -368,7 +334,7 @@ void launch_shape(Problem problem, const QuantizedLinearArguments& arguments, ui
   const TensorMap x =
       map_matrix(arguments.x, Element::int8, problem.m, column_tiles(arguments.weight.k) * kTileColumns, S::kTokens);
   launch("ovp_linear_quantized_wgmma", ovp_linear_quantized_wgmma_kernel<S>,
-         Launch{static_cast<unsigned>(blocks), 1, kWgmmaThreads, S::kShared, 1, stream}, problem, x);
+         Launch{static_cast<unsigned>(blocks), 1, kWgmmaThreads, S::kShared, 1, stream, true}, problem, x);
 }
 
 template <Scaling kScaling, int kBlock>

@@ -2,9 +2,9 @@
 // of 64 rows (y^T = W x^T), so that decoded weights are never written anywhere.
 //
 // A block is a producer warp, which has the copy engine bring activations [kTokens, 64] to shared memory, and two
-// warpgroups of consumers with 64 kRowTiles weight rows each, which decode their own codes. While one of them decodes
-// the other's products keep the tensor cores busy: 64 columns cost a warpgroup kTokens x 2 clocks of products and
-// about 150 to 200 of decoding, so from 128 activation rows per block decoding is hidden. Blocks are persistent.
+// warpgroups of consumers with 64 kRowTiles weight rows each, which decode their own codes, brought by CodeStream,
+// while their products of the step before are on the tensor cores: 64 columns cost a warpgroup kTokens x 2 clocks of
+// products and about 150 to 200 of decoding. Blocks are persistent.
 //
 // The scale is multiplied into the fragment, which rounds each weight to the activations' type once: the bits of
 // decoding to that type. Sums are float32.
@@ -29,16 +29,19 @@ struct Problem {
 };
 
 // kGroups: groups of weights in 64 columns, 2 for groups of 32, else 1. kRowTiles: of 64 rows, per warpgroup.
-template <int kGroupsV, int kRowTilesV, int kTokensV, int kStagesV, int kAheadV>
+template <int kGroupsV, int kRowTilesV, int kTokensV, int kStagesV, int kCodeStages>
 struct Shape {
   static constexpr int kGroups = kGroupsV;
-  static constexpr int kRowTiles = kRowTilesV, kTokens = kTokensV, kStages = kStagesV, kAhead = kAheadV;
+  static constexpr int kRowTiles = kRowTilesV, kTokens = kTokensV, kStages = kStagesV;
+  using Codes = CodeShape<kRowTiles, 1, kGroups, kCodeStages>;
   static constexpr int kRows = 64 * kRowTiles * kConsumers;
   static constexpr int kStageBytes = kTokens * kTileColumns * 2;
   static constexpr int kStagesAt = kTableBytes;
   static constexpr int kOutAt = kStagesAt + kStages * kStageBytes;
-  static constexpr int kBarriersAt = kOutAt + kConsumers * kOutBytes;
+  static constexpr int kCodesAt = kOutAt + kConsumers * kOutBytes;
+  static constexpr int kBarriersAt = kCodesAt + kCodeStages * Codes::kStageBytes;
   static constexpr int kShared = kBarriersAt + 2 * kStages * 8;
+  static_assert(kShared <= 227 * 1024, "what a block may have on Hopper");
 };
 
 #if defined(OLIVE_HAS_WGMMA)
@@ -101,18 +104,30 @@ struct FoldedScales<__half> {
   }
 };
 
+// A lane's four products of a step, for each row tile.
+template <class S>
+using Fragments = uint32_t[S::kRowTiles][4][4];
+
+// step: what CodeStream::wait returned.
 template <class T, class S>
-__device__ __forceinline__ void decode_scaled(uint32_t (&a)[4][4], const unsigned char* table,
-                                              const TileCodes<S::kGroups>& codes, int lane) {
+__device__ __forceinline__ void decode_scaled(Fragments<S>& a, const unsigned char* table, const unsigned char* step,
+                                              int lane) {
+  using Stream = CodeStream<typename S::Codes>;
 #pragma unroll
-  for (int group = 0; group < S::kGroups; ++group) {
-    const TableRows rows(codes.scales[group], lane);
-    const FoldedScales<T> folded(codes.scales[group]);
+  for (int r = 0; r < S::kRowTiles; ++r) {
+    const uint4 codes = Stream::codes(step, r, 0);
+    const uint32_t words[4] = {codes.x, codes.y, codes.z, codes.w};
 #pragma unroll
-    for (int i = 0; i < 4 / S::kGroups; ++i) {
-      const int product = group * (4 / S::kGroups) + i;
-      decode_fragment(a[product], table, rows, codes.word(product));
-      folded.apply(a[product]);
+    for (int group = 0; group < S::kGroups; ++group) {
+      const uint32_t scales = Stream::scales(step, r, group, lane);
+      const TableRows rows(scales, lane);
+      const FoldedScales<T> folded(scales);
+#pragma unroll
+      for (int i = 0; i < 4 / S::kGroups; ++i) {
+        const int product = group * (4 / S::kGroups) + i;
+        decode_fragment(a[r][product], table, rows, words[product]);
+        folded.apply(a[r][product]);
+      }
     }
   }
 }
@@ -134,23 +149,6 @@ __device__ void produce(const Problem& problem, const TensorMap* x, unsigned cha
   }
 }
 
-// The codes of this warp, step after step and tile after tile. A tile has a whole number of rounds of kAhead steps, of
-// which the last may be beyond its end: the ring of registers then starts anew with each tile.
-template <class S>
-struct CodeStream {
-  TileRows rows[S::kRowTiles];
-  int task, step;
-
-  __device__ void place(const Problem& problem, int warpgroup, int warp, int lane) {
-    const Tile tile(problem.tiles, task);
-#pragma unroll
-    for (int r = 0; r < S::kRowTiles; ++r) {
-      const int first = ((tile.row_unit * kConsumers + warpgroup) * S::kRowTiles + r) * 4;
-      rows[r] = problem.weight.rows(first, 4, lane).below(problem.weight, warp);
-    }
-  }
-};
-
 // Adds the bias and writes one tile of 64 weight rows.
 template <class T, class S, int kBarrier>
 __device__ __forceinline__ void write_tile(const Problem& problem, const float (&sum)[S::kTokens / 2],
@@ -169,59 +167,42 @@ __device__ void consume(const Problem& problem, unsigned char* shared, int tasks
   const uint32_t stages = shared_address(shared + S::kStagesAt), full = shared_address(shared + S::kBarriersAt);
   const uint32_t empty = full + 8 * S::kStages;
   unsigned char* staging = shared + S::kOutAt + warpgroup * kOutBytes;
-  const int steps = problem.weight.column_tiles, end_round = (steps + S::kAhead - 1) / S::kAhead * S::kAhead;
+  const int steps = problem.weight.column_tiles;
 
-  CodeStream<S> stream;
-  TileCodes<S::kGroups> codes[S::kAhead][S::kRowTiles];
-  stream.task = blockIdx.x, stream.step = 0;
-  stream.place(problem, warpgroup, warp, lane);
-  const auto load_codes = [&](TileCodes<S::kGroups>(&to)[S::kRowTiles]) {
-    if (stream.step < steps && stream.task < tasks) {
-#pragma unroll
-      for (int r = 0; r < S::kRowTiles; ++r) {
-        to[r] = problem.weight.load<S::kGroups>(stream.rows[r], 0, stream.step);
-      }
-    }
-    if (++stream.step == end_round) {
-      stream.step = 0;
-      stream.task += gridDim.x;
-      stream.place(problem, warpgroup, warp, lane);
-    }
+  CodeStream<typename S::Codes> stream(problem.weight, problem.tiles, steps, shared + S::kCodesAt, warpgroup, warp,
+                                       lane);
+  const auto decode = [&](Fragments<S>& a) {
+    decode_scaled<T, S>(a, shared, stream.wait(), lane);
+    stream.next();
   };
-#pragma unroll
-  for (int j = 0; j < S::kAhead; ++j) load_codes(codes[j]);
-
   Slot<S::kStages> slot;
   for (int task = blockIdx.x; task < tasks; task += gridDim.x) {
     float sum[S::kRowTiles][S::kTokens / 2];
-    for (int step = 0; step < end_round; step += S::kAhead) {
+    // While a step is multiplied the next one is decoded.
+    const auto multiply = [&](int step, Fragments<S>& a, Fragments<S>& following) {
+      barrier_wait(full + 8 * slot.stage, slot.parity);
+      wgmma_fence();
 #pragma unroll
-      for (int j = 0; j < S::kAhead; ++j) {
-        if (step + j < steps) {
-          uint32_t a[S::kRowTiles][4][4];
+      for (int product = 0; product < 4; ++product) {
+        const uint64_t b = describe(stages + slot.stage * S::kStageBytes + 32 * product);
 #pragma unroll
-          for (int r = 0; r < S::kRowTiles; ++r) decode_scaled<T, S>(a[r], shared, codes[j][r], lane);
-          barrier_wait(full + 8 * slot.stage, slot.parity);
-          wgmma_fence();
-#pragma unroll
-          for (int product = 0; product < 4; ++product) {
-            const uint64_t b = describe(stages + slot.stage * S::kStageBytes + 32 * product);
-#pragma unroll
-            for (int r = 0; r < S::kRowTiles; ++r) {
-              wgmma<T, S::kTokens>(sum[r], a[r][product], b, step + j > 0 || product > 0);
-            }
-          }
-          wgmma_commit();
-          load_codes(codes[j]);
-          wgmma_wait<0>();
-#pragma unroll
-          for (int r = 0; r < S::kRowTiles; ++r) hold(sum[r]);
-          if (lane == 0) barrier_arrive(empty + 8 * slot.stage);
-          slot.next();
-        } else {
-          load_codes(codes[j]);
+        for (int r = 0; r < S::kRowTiles; ++r) {
+          wgmma<T, S::kTokens>(sum[r], a[r][product], b, step > 0 || product > 0);
         }
       }
+      wgmma_commit();
+      if (step + 1 < steps) decode(following);
+      wgmma_wait<0>();
+#pragma unroll
+      for (int r = 0; r < S::kRowTiles; ++r) hold(sum[r]);
+      if (lane == 0) barrier_arrive(empty + 8 * slot.stage);
+      slot.next();
+    };
+    Fragments<S> even, odd;
+    decode(even);
+    for (int step = 0; step < steps; step += 2) {
+      multiply(step, even, odd);
+      if (step + 1 < steps) multiply(step + 1, odd, even);
     }
     const Tile tile(problem.tiles, task);
 #pragma unroll
@@ -255,6 +236,8 @@ __global__ void __launch_bounds__(kWgmmaThreads, 1)
     }
     barrier_init_fence();
   }
+  wait_for_launch_before();
+  let_next_launch_start();
   fill_table<T>(shared, problem.codebook, threadIdx.x, kWgmmaThreads, kUnit<T>);
   __syncthreads();
   // 24 + 2 x 240 registers for four warps each: 64 512 of 65 536.
@@ -283,7 +266,7 @@ void launch_shape(Problem problem, const LinearArguments& arguments, uintptr_t s
   const TensorMap x = map_matrix(arguments.x, Bits<T>::kType == Float::bf16 ? Element::bf16 : Element::f16, problem.m,
                                  problem.k, S::kTokens);
   launch("ovp_linear_wgmma", ovp_linear_wgmma_kernel<T, S>,
-         Launch{static_cast<unsigned>(blocks), 1, kWgmmaThreads, S::kShared, 1, stream}, problem, x);
+         Launch{static_cast<unsigned>(blocks), 1, kWgmmaThreads, S::kShared, 1, stream, true}, problem, x);
 }
 
 template <class T, int kGroups>
@@ -291,8 +274,8 @@ void launch_tile(const Problem& problem, const LinearArguments& arguments, const
   const auto is = [&](int rows, int tokens) { return tile.rows == rows && tile.tokens == tokens; };
   if (is(128, 64)) return launch_shape<T, Shape<kGroups, 1, 64, 8, 4>>(problem, arguments, stream);
   if (is(128, 128)) return launch_shape<T, Shape<kGroups, 1, 128, 6, 4>>(problem, arguments, stream);
-  if (is(128, 256)) return launch_shape<T, Shape<kGroups, 1, 256, 4, 2>>(problem, arguments, stream);
-  if (is(256, 128)) return launch_shape<T, Shape<kGroups, 2, 128, 6, 2>>(problem, arguments, stream);
+  if (is(128, 256)) return launch_shape<T, Shape<kGroups, 1, 256, 4, 3>>(problem, arguments, stream);
+  if (is(256, 128)) return launch_shape<T, Shape<kGroups, 2, 128, 6, 4>>(problem, arguments, stream);
   throw std::invalid_argument("rows, tokens: expected 128, 64 or 128, 128 or 128, 256 or 256, 128, got " +
                               std::to_string(tile.rows) + ", " + std::to_string(tile.tokens));
 }

@@ -44,6 +44,10 @@ struct Shape {
   static constexpr int kTokenTiles = kTokenTilesV, kRowTiles = kRowTilesV, kWarpsN = kWarpsNV, kWarpsK = kWarpsKV;
   static constexpr int kStages = kStagesV, kAhead = kAheadV, kMinBlocks = kMinBlocksV;
   static constexpr int kLine = kLineV;
+  // Steps that codes are brought to L2 before they are loaded. Loads to registers alone hide less than they seem to:
+  // the compiler has six counters for all that is on its way, and waits for the newest load to use the oldest.
+  // (64 tokens leave no registers for it.)
+  static constexpr int kPrefetched = kTokenTiles < 8 ? 4 : 0;
   static constexpr int kThreads = 32 * kWarpsN * kWarpsK;
   static constexpr int kTokens = 8 * kTokenTiles;
   static constexpr int kRows = 16 * kRowTiles * kWarpsN;
@@ -74,6 +78,9 @@ struct CodeStream {
   __device__ void place(const MmaProblem& problem, int warp_n, int lane) {
     const int first = (at.task / problem.token_units * S::kWarpsN + warp_n) * S::kRowTiles;
     rows = problem.weight.rows(first, S::kRowTiles, lane);
+  }
+  __device__ void prefetch(const MmaProblem& problem, int step, int warp_k, int lane) const {
+    problem.weight.prefetch_tiles<S::kRowTiles>(rows, step * S::kWarpsK + warp_k, lane);
   }
   __device__ void load(TileCodes<S::kGroups> (&to)[S::kRowTiles], const MmaProblem& problem, int warp_k) const {
 #pragma unroll
@@ -212,7 +219,7 @@ __device__ __forceinline__ void write_tile(const MmaProblem& problem, Sums<Sum, 
     Work::finish(problem, value, first_row + row, first_token + token);
   }
   if (together) {
-    cluster_sync();  // the others have read this block's sums
+    cluster_meet();  // the others have read this block's sums
   } else {
     __syncthreads();
   }
@@ -247,12 +254,21 @@ __device__ __forceinline__ void multiply_tiles(const MmaProblem& problem) {
   code_stream.at = {first_task, first_step};
   code_stream.place(problem, warp_n, lane);
   const auto load_codes = [&](TileCodes<S::kGroups>(&to)[S::kRowTiles]) {
-    if (code_stream.at.step < end_step && code_stream.at.task < end_task) code_stream.load(to, problem, warp_k);
+    if (code_stream.at.step < end_step && code_stream.at.task < end_task) {
+      code_stream.load(to, problem, warp_k);
+      const int later = code_stream.at.step + S::kPrefetched;
+      if (S::kPrefetched > 0 && later < end_step) code_stream.prefetch(problem, later, warp_k, lane);
+    }
     if (++code_stream.at.step == end_round) {
       code_stream.at = {code_stream.at.task + 1, first_step};
       code_stream.place(problem, warp_n, lane);
     }
   };
+  for (int step = first_step; step < end_step && step < first_step + S::kPrefetched; ++step) {
+    code_stream.prefetch(problem, step, warp_k, lane);
+  }
+  wait_for_launch_before();
+  let_next_launch_start();
   ActivationStream<S> activation_stream;
   activation_stream.at = {first_task, first_step};
   activation_stream.place(problem);
@@ -333,7 +349,7 @@ void launch_tiles(const char* name, void (*kernel)(MmaProblem), MmaProblem probl
   const int64_t most = resident / problem.split > 1 ? resident / problem.split : 1;
   const unsigned workers = static_cast<unsigned>(tasks < most ? tasks : most);
   const bool together = problem.split > 1 && problem.partial == nullptr;
-  Launch shape = {workers * problem.split, 1, S::kThreads, S::kShared, together ? problem.split : 1u, stream};
+  Launch shape = {workers * problem.split, 1, S::kThreads, S::kShared, together ? problem.split : 1u, stream, true};
   launch(name, kernel, shape, problem);
   if (problem.partial != nullptr) {
     const int64_t blocks = (problem.m * problem.n + 255) / 256, limit = 8 * device.multiprocessors;

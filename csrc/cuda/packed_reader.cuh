@@ -43,6 +43,20 @@ struct PackedReader {
     return {codes + row * column_tiles * 32 + lane, scales + row * groups * 8 + lane / 4};
   }
 
+  // Has kRowTiles tiles below each other brought to L2, with their scales: five sectors' addresses a tile, by a warp.
+  template <int kRowTiles>
+  __device__ void prefetch_tiles(const TileRows& rows, int column_tile, int lane) const {
+    static_assert(kRowTiles * 5 <= 32, "a lane each");
+    if (column_tile >= column_tiles || lane >= 5 * kRowTiles) return;
+    const int part = lane / kRowTiles;
+    const TileRows from = rows.below(*this, lane % kRowTiles);
+    if (part < 4) {
+      prefetch(from.codes - lane + column_tile * 32 + part * 8);
+    } else {
+      prefetch(from.scales - lane / 4 + (column_tile >> group_shift) * 8);
+    }
+  }
+
   // The tile `below` row tiles further down. A column tile past the end is the last one: activations are zero there.
   template <int kGroups>
   __device__ TileCodes<kGroups> load(const TileRows& rows, int below, int column_tile) const {

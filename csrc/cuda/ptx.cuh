@@ -43,6 +43,27 @@ __device__ __forceinline__ uint4 load_once(const uint4* from) {
   return value;
 }
 
+// Has the 128 bytes around an address brought to L2. Reads nothing that a kernel still running could be writing.
+__device__ __forceinline__ void prefetch(const void* address) {
+  asm volatile("prefetch.global.L2 [%0];" ::"l"(address));
+}
+
+// Where a launch `overlaps` the one before (runtime.cuh): waits until that has ended and its results can be seen.
+// Nothing of memory may be read or written before.
+__device__ __forceinline__ void wait_for_launch_before() {
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
+  asm volatile("griddepcontrol.wait;" ::: "memory");
+#endif
+}
+
+// From here on the next launch may start, if it overlaps. After `wait_for_launch_before`: what that one has waited for
+// then holds for all launches before.
+__device__ __forceinline__ void let_next_launch_start() {
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
+  asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
+#endif
+}
+
 // 16 bytes from global to shared memory, zeros where not valid (`from` is then not read).
 __device__ __forceinline__ void copy_async(uint32_t to, const void* from, bool valid) {
   const int bytes = valid ? 16 : 0;
@@ -165,6 +186,11 @@ __device__ __forceinline__ void cluster_sync() {
   asm volatile("barrier.cluster.arrive.release;\nbarrier.cluster.wait.acquire;" ::: "memory");
 }
 
+// The same, but what they wrote may not be seen yet: no fence, which takes a microsecond.
+__device__ __forceinline__ void cluster_meet() {
+  asm volatile("barrier.cluster.arrive.relaxed;\nbarrier.cluster.wait;" ::: "memory");
+}
+
 // A float in the shared memory of another block of the cluster, at the address it has in this one.
 __device__ __forceinline__ float load_from_rank(const float* own, uint32_t rank) {
   float value;
@@ -178,6 +204,7 @@ __device__ __forceinline__ float load_from_rank(const float* own, uint32_t rank)
 // Blocks come alone.
 __device__ __forceinline__ uint32_t cluster_rank() { return 0; }
 __device__ __forceinline__ void cluster_sync() { __syncthreads(); }
+__device__ __forceinline__ void cluster_meet() { __syncthreads(); }
 __device__ __forceinline__ float load_from_rank(const float* own, uint32_t) { return *own; }
 #endif
 

@@ -203,6 +203,8 @@ struct GroupShared {
 template <Format kFormat, int kPairs>  // per lane
 __global__ void __launch_bounds__(kGroupThreads)
     quantize_groups_kernel(const ActivationSource x, const ActivationLevels to) {
+  wait_for_launch_before();
+  let_next_launch_start();
   OLIVE_SHARED(memory);
   auto& shared = *reinterpret_cast<GroupShared*>(memory);
   if constexpr (kFormat == Format::ovp4) {
@@ -306,6 +308,8 @@ __device__ __forceinline__ float largest_of_lines(float own, float* largest, con
 
 __global__ void __launch_bounds__(kRowThreads, 1)
     quantize_rows_int8_kernel(const ActivationSource x, const ActivationLevels to, const RowCut cut) {
+  wait_for_launch_before();
+  let_next_launch_start();
   constexpr int64_t kWidth = 2 * kLanes * kRowPairs;
   OLIVE_SHARED(memory);
   auto& shared = *reinterpret_cast<float (*)[2][kRowHalves]>(memory);
@@ -365,6 +369,8 @@ __device__ __forceinline__ void add_errors(float (&sums)[kAtOnce], const EncodeT
 template <Format kFormat>
 __global__ void __launch_bounds__(kRowThreads, 2)
     quantize_rows_ovp_kernel(const ActivationSource x, const ActivationLevels to, const RowCut cut) {
+  wait_for_launch_before();
+  let_next_launch_start();
   OLIVE_SHARED(memory);
   auto& shared = *reinterpret_cast<RowShared*>(memory);
   auto* energies = reinterpret_cast<float*>(memory + sizeof(RowShared));  // [chunks]
@@ -491,7 +497,7 @@ void quantize_groups(const ActivationSource& x, const ActivationLevels& to, uint
   const int64_t blocks = (x.m * group_count(columns, kWidth) + kPerBlock - 1) / kPerBlock;
   const unsigned grid = at_most(blocks, 16 * current_device().multiprocessors);
   launch("quantize_activations groups", quantize_groups_kernel<kFormat, kPairs>,
-         Launch{grid, 1, kGroupThreads, sizeof(GroupShared), 1, stream}, x, to);
+         Launch{grid, 1, kGroupThreads, sizeof(GroupShared), 1, stream, true}, x, to);
 }
 
 template <Format kFormat>
@@ -519,7 +525,8 @@ void quantize_rows(const ActivationSource& x, const ActivationLevels& to, uintpt
                         static_cast<unsigned>(kLanes * cut.lines * cut.split),
                         shared,
                         1,
-                        stream};
+                        stream,
+                        true};
   if constexpr (kIsInt8) {
     launch("quantize_activations rows", quantize_rows_int8_kernel, shape, x, to, cut);
   } else {

@@ -16,13 +16,15 @@
 
 namespace olive::cuda {
 
-// The shape of a launch. A cluster is `cluster` blocks that are neighbours along x.
+// The shape of a launch. A cluster is `cluster` blocks that are neighbours along x. `overlaps`: the kernel calls
+// `wait_for_launch_before`, so it may start while the launch before it on the stream ends (from sm_90 on).
 struct Launch {
   unsigned blocks_x, blocks_y;
   unsigned threads;
   std::size_t shared;  // bytes
   unsigned cluster;
   std::uintptr_t stream;
+  bool overlaps = false;
 };
 
 // What a matrix for the copy engine holds.
@@ -65,12 +67,19 @@ void launch(const char* name, void (*kernel)(Parameters...), const Launch& shape
   config.blockDim = dim3(shape.threads);
   config.dynamicSmemBytes = shape.shared;
   config.stream = reinterpret_cast<cudaStream_t>(shape.stream);
-  cudaLaunchAttribute cluster = {};
-  cluster.id = cudaLaunchAttributeClusterDimension;
-  cluster.val.clusterDim.x = shape.cluster;
-  cluster.val.clusterDim.y = cluster.val.clusterDim.z = 1;
-  config.attrs = &cluster;
-  config.numAttrs = shape.cluster > 1 ? 1 : 0;
+  cudaLaunchAttribute attributes[2] = {};
+  config.attrs = attributes;
+  if (shape.cluster > 1) {
+    cudaLaunchAttribute& cluster = attributes[config.numAttrs++];
+    cluster.id = cudaLaunchAttributeClusterDimension;
+    cluster.val.clusterDim.x = shape.cluster;
+    cluster.val.clusterDim.y = cluster.val.clusterDim.z = 1;
+  }
+  if (shape.overlaps && current_device().capability >= 90) {
+    cudaLaunchAttribute& overlap = attributes[config.numAttrs++];
+    overlap.id = cudaLaunchAttributeProgrammaticStreamSerialization;
+    overlap.val.programmaticStreamSerializationAllowed = 1;
+  }
   check(name, cudaLaunchKernelEx(&config, kernel, static_cast<Parameters>(arguments)...));
 }
 

@@ -18,6 +18,7 @@ from olive.formats.ovp4 import Pairing, PairTables, ovp4_decode, ovp4_encode
 from olive.formats.scales import TINY, pack_scale, round_scale
 from olive.ops import schemas
 from olive.ops.packed import PackedLayout, packed_layout
+from olive.ops.rounding import divided
 from olive.ops.schemas import library
 
 LANES = 16
@@ -132,8 +133,8 @@ def ovp_quantize_reference(
     if importance is not None:
         width = values.shape[1]
         weights = pad_columns(importance[None], width).reshape(-1, width).repeat(rows, 1)
-    pair_base = torch.minimum(largest, three_sigma) / float(book.normal[7])
-    plain_base = largest / float(max(book.plain[15], 1))
+    pair_base = divided(torch.minimum(largest, three_sigma), float(book.normal[7]))
+    plain_base = divided(largest, float(max(book.plain[15], 1)))
 
     tables = PairTables(book, weight.device)
     best = torch.full_like(energy, float("inf"))

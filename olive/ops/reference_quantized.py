@@ -17,7 +17,7 @@ from olive.formats.ovp8 import encode_pairs8, ovp8_decode, ovp8_decode_levels, o
 from olive.formats.scales import TINY, pack_scale, round_scale, unpack_scale
 from olive.ops import schemas_quantized as schemas
 from olive.ops.reference import group_statistics, group_sum, ovp_quantize_reference, ovp_unpack_reference
-from olive.ops.rounding import fused_multiply_add
+from olive.ops.rounding import divided, fused_multiply_add
 from olive.ops.schemas import library
 
 
@@ -75,7 +75,7 @@ def _per_column(values: Tensor, width: int, columns: int) -> Tensor:
 def _int8(x: Tensor, width: int, static_scale: Tensor | None) -> tuple[Tensor, Tensor]:
     if static_scale is None:
         largest = pad_columns(x, width).unflatten(1, (-1, width)).abs().amax(-1)
-        scale = torch.where(largest < TINY, 1.0, largest / 127.0)
+        scale = torch.where(largest < TINY, 1.0, divided(largest, 127.0))
     else:
         scale = unpack_scale(static_scale)[0].expand(len(x), 1)
     t = x * _per_column(1.0 / scale, width, x.shape[1])
@@ -211,7 +211,7 @@ def ovp8_quantize_reference(
     best_scale = torch.ones_like(found.largest)
     for multiple in grid:
         step = torch.tensor(multiple, dtype=torch.float32, device=weight.device)
-        scale = round_scale(torch.minimum(found.largest, step * found.three_sigma) / 127.0)
+        scale = round_scale(divided(torch.minimum(found.largest, step * found.three_sigma), 127.0))
         pairs = encode_pairs8(found.values * (1.0 / scale)[:, None], pairing)[1]
         error = group_sum(pairs, per_tensor) * (scale.double() * scale.double())
         better = error < best

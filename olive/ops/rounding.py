@@ -6,6 +6,11 @@ import torch
 from torch import Tensor
 
 
+def divided(tensor: Tensor, divisor: float) -> Tensor:
+    """tensor / divisor, rounded once: on a GPU PyTorch multiplies by the reciprocal of a number."""
+    return tensor / torch.full((), divisor, dtype=tensor.dtype, device=tensor.device)
+
+
 def fused_multiply_add(a: Tensor, b: Tensor, c: Tensor) -> Tensor:
     """a * b + c for float32 tensors, rounded once.
 

@@ -64,7 +64,18 @@ class ColumnMoment(Moment):
         return self.total
 
 
+def _on_tensor_cores(rows: Tensor) -> bool:
+    """Whether products stay in 16 bits: each is exact in float32, and NVIDIA GPUs are ten times as fast."""
+    halves = (torch.bfloat16, torch.float16)
+    return rows.is_cuda and torch.version.hip is None and rows.dtype in halves
+
+
 def _with_products(total: Tensor | None, left: Tensor, right: Tensor) -> Tensor:
+    """total + left^T right of [T, K] each, summed in float32."""
+    if _on_tensor_cores(right):
+        products = torch.mm(left.to(right.dtype).T, right, out_dtype=torch.float32)
+        return products if total is None else total + products
+    left, right = left.float(), right.float()
     return left.T @ right if total is None else torch.addmm(total, left.T, right)
 
 
@@ -79,12 +90,12 @@ class SecondMoment(Moment):
     drift: Tensor | None = None
 
     def _plus(self, rows: Tensor) -> Tensor:
-        return _with_products(self.total, rows.float(), rows.float())
+        return _with_products(self.total, rows, rows)
 
     def updated_beside(self, rows: Tensor, floats: Tensor) -> SecondMoment:
         """With more rows [T, K], and what the float model has in their place."""
-        rows = rows.detach().float()
-        drift = _with_products(self.drift, floats.detach().float() - rows, rows)
+        rows = rows.detach()
+        drift = _with_products(self.drift, floats.detach().float() - rows.float(), rows)
         return SecondMoment(self._plus(rows), self.seen + len(rows), drift)
 
     def energy(self) -> Tensor:

@@ -34,6 +34,8 @@ WGMMA = tuple(
     for rows, tokens in ((128, 64), (128, 128), (128, 256), (256, 128))
 )
 SUM_ERROR = 2.0**-22  # of the sum of magnitudes: float32 sums of a few hundred products, in blocks
+# What a GPU's tensor cores cut off a sum that they carry on, per product of 16 columns, of the same.
+CUT_OFF = 2.0**-24
 
 
 @pytest.fixture(autouse=True)
@@ -85,7 +87,13 @@ def _check(
     step = torch.finfo(dtype).eps * exact.abs().clamp(min=torch.finfo(dtype).smallest_normal)
     assert out.dtype == dtype
     assert out.shape == exact.shape
-    assert bool(((out.double() - exact).abs() <= step / 2 + SUM_ERROR * magnitude).all())
+    roundings, cut_off = 1, 0.0
+    if target.device == "cuda" and rounds_weight:  # sums over all columns stay in the tensor cores
+        cut_off = CUT_OFF * shape[1] / 16
+        if plan is not None and plan.kernel == "decode" and bias is not None:
+            roundings = 2  # cuBLAS may add the bias to a rounded product
+    beyond = ((out.double() - exact).abs() - roundings * step / 2) / magnitude
+    assert float(beyond.max()) <= SUM_ERROR + cut_off
 
 
 @EACH_TARGET

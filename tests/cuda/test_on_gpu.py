@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import copy
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import pytest
@@ -133,6 +136,23 @@ def test_opcheck(dtype: torch.dtype) -> None:
     torch.library.opcheck(linear, (plain, *packed, table, None, 64, 64, *arguments))
 
 
+@contextmanager
+def _allocations_without_waiting() -> Iterator[Callable[[], int]]:
+    """Whatever waits for the device is an error inside; yields what counts the allocations since."""
+
+    def count() -> int:
+        return int(torch.cuda.memory_stats()["allocation.all.allocated"])
+
+    with warnings.catch_warnings():  # that the mode is a prototype, once
+        warnings.simplefilter("ignore", UserWarning)
+        torch.cuda.set_sync_debug_mode("error")
+    before = count()
+    try:
+        yield lambda: count() - before
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
 @pytest.mark.parametrize("rows", [1, 16, 64, 300])
 def test_the_hot_path_neither_waits_nor_allocates_beyond_its_output(rows: int) -> None:
     if gpu_backend(torch.device("cuda", torch.cuda.current_device())) != "cuda":
@@ -143,14 +163,9 @@ def test_the_hot_path_neither_waits_nor_allocates_beyond_its_output(rows: int) -
     packed = ops.ovp_pack(codes, scale, 4096, 128)
     x = torch.randn(rows, 4096, dtype=torch.bfloat16, device="cuda")
     ops.ovp_linear(x, *packed, table, None, 4096, 128)
-    torch.cuda.set_sync_debug_mode("error")
-    try:
-        before = torch.cuda.memory_stats()["allocation.all.allocated"]
+    with _allocations_without_waiting() as allocations:
         out = ops.ovp_linear(x, *packed, table, None, 4096, 128)
-        after = torch.cuda.memory_stats()["allocation.all.allocated"]
-    finally:
-        torch.cuda.set_sync_debug_mode("default")
-    assert after - before == 1
+    assert allocations() == 1
     assert out.shape == (rows, 4096)
 
 
@@ -172,14 +187,9 @@ def test_quantized_activations_neither_wait_nor_allocate_beyond_their_levels(row
     )
     x = torch.randn(rows, 4096, dtype=torch.bfloat16, device="cuda")
     expected = ops.ovp_linear_quantized(x, *arguments)
-    torch.cuda.set_sync_debug_mode("error")
-    try:
-        before = torch.cuda.memory_stats()["allocation.all.allocated"]
+    with _allocations_without_waiting() as allocations:
         ops.ovp_linear_quantized(x, *arguments)
-        after = torch.cuda.memory_stats()["allocation.all.allocated"]
-    finally:
-        torch.cuda.set_sync_debug_mode("default")
-    assert after - before == 3
+    assert allocations() == 3
     side = torch.cuda.Stream()
     side.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(side):

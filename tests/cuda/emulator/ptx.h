@@ -307,6 +307,13 @@ std::uint32_t round_pair(float low, float high) {
   return emulator::bits_of(low, T{}) | static_cast<std::uint32_t>(emulator::bits_of(high, T{})) << 16;
 }
 
+// ---- launches -------------------------------------------------------------------------------------------
+
+// One launch runs after the other.
+inline void prefetch(const void*) {}
+inline void wait_for_launch_before() {}
+inline void let_next_launch_start() {}
+
 // ---- clusters -------------------------------------------------------------------------------------------
 
 inline std::uint32_t cluster_rank() { return self().block->rank; }
@@ -314,6 +321,7 @@ inline void cluster_sync() {
   auto& cluster = *self().block->cluster;
   meet(cluster.all, cluster.threads);
 }
+inline void cluster_meet() { cluster_sync(); }
 inline float load_from_rank(const float* own, std::uint32_t rank) {
   const auto offset = shared_address(own) - emulator::kSharedBase;
   float value;
