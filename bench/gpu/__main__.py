@@ -25,7 +25,7 @@ from bench.gpu.results import output_file
 from bench.tables import read_rows
 
 # Seconds, about twice what each should take on an H200: with the build and the tests, `make gpu` must end
-# within 9 minutes even if kernels hang.
+# within 10 minutes even if kernels hang.
 SECTIONS = {
     "bench.gpu.linear": 120,
     "bench.gpu.generate": 110,

@@ -35,14 +35,14 @@ def plans(m: int, gpu: Gpu) -> list[Plan]:
     tiles = [
         tile.tokens
         for tile in fitting
-        if tile.tokens < 4 * m and (m <= _MOST_REREADS * tile.tokens or tile is fitting[-1])
+        if tile.tokens < 4 * max(m, 4) and (m <= _MOST_REREADS * tile.tokens or tile is fitting[-1])
     ]
     found = [Plan("mma", tokens=tokens, split=split) for tokens in tiles for split in gpu_dispatch.SPLITS]
     if gpu.capability == HOPPER:
         found += [
-            Plan("wgmma", tokens=tokens, rows=rows)
-            for rows, tokens in gpu_dispatch.WGMMA_TILES
-            if tokens < 4 * m
+            Plan("wgmma", tokens=tile.tokens, rows=tile.rows)
+            for tile in gpu_dispatch.WGMMA_TILES
+            if tile.tokens < 4 * m
         ]
     return [*found, Plan("decode")]
 
@@ -53,7 +53,7 @@ def quantized_plans_of(m: int, gpu: Gpu, kind: Kind) -> list[Plan]:
     tiles = gpu_dispatch.quantized_wgmma_tiles(kind.group_size, kind.activations.group_size)
     return [
         *(plan for plan in plans(m, gpu) if plan.kernel == "mma"),
-        *(Plan("wgmma", tokens=tokens, rows=rows) for rows, tokens in tiles if tokens in wide),
+        *(Plan("wgmma", tokens=tile.tokens, rows=tile.rows) for tile in tiles if tile.tokens in wide),
     ]
 
 

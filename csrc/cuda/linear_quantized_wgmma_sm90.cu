@@ -45,9 +45,6 @@ template <Scaling kScalingV, int kBlockV, int kTokensV, int kStagesV>
 struct Shape {
   static constexpr Scaling kScaling = kScalingV;
   using Sum = std::conditional_t<kScaling == Scaling::kOnce, int, float>;
-  // A step's fragments beside those being multiplied, where registers are left: 128 sums of 256 rows leave none beside
-  // the int32 sums of a run.
-  static constexpr bool kDecodesAhead = kTokensV < 256 || kScalingV == Scaling::kOnce;
   static constexpr int kBlock = kBlockV, kTokens = kTokensV, kStages = kStagesV;
   static constexpr int kBlocks = kStageColumns / kBlock;                 // runs of a stage
   static constexpr int kGroups = kBlock == 32 ? 2 : 1;                   // scales of a tile of the weight
@@ -138,10 +135,10 @@ __device__ __forceinline__ void add_scaled(float* total, const int (&part)[kChun
 }
 
 // The products of a stage with scales in between: units of one run of columns and 64 activation rows, each multiplied
-// while the one before is scaled. `meanwhile` is done while the last one is multiplied.
-template <class S, class Meanwhile>
+// while the one before is scaled.
+template <class S>
 __device__ __forceinline__ void multiply_scaled(float (&total)[S::kTokens / 2], const Decoded<S>& weight,
-                                                uint64_t stage, const float* scale_x, int lane, Meanwhile meanwhile) {
+                                                uint64_t stage, const float* scale_x, int lane) {
   constexpr int kChunks = S::kTokens / kChunk, kUnits = S::kBlocks * kChunks, kProducts = S::kBlock / 32;
   int part[2][kChunk / 2];
   const auto scale = [&](int unit) {
@@ -165,7 +162,6 @@ __device__ __forceinline__ void multiply_scaled(float (&total)[S::kTokens / 2], 
       scale(unit - 1);
     }
   }
-  meanwhile();
   wgmma_wait<0>();
   scale(kUnits - 1);
 }
@@ -230,14 +226,14 @@ __device__ void consume(const Problem& problem, unsigned char* shared, int tasks
 
   CodeStream<typename S::Codes> stream(problem.weight, problem.tiles, steps, shared + S::kCodesAt, warpgroup, warp,
                                        lane);
-  const auto decode = [&](Decoded<S>& weight) {
-    weight.decode(shared, stream.wait(), lane);
-    stream.next();
-  };
   Slot<S::kStages> slot;
   for (int task = blockIdx.x; task < tasks; task += gridDim.x) {
     typename S::Sum total[S::kTokens / 2] = {};
-    const auto multiply = [&](int step, const Decoded<S>& weight, auto meanwhile) {
+    for (int step = 0; step < steps; ++step) {
+      // Decoding it while the step before is multiplied, as linear_wgmma_sm90.cu does, was slower by a tenth.
+      Decoded<S> weight;
+      weight.decode(shared, stream.wait(), lane);
+      stream.next();
       barrier_wait(full + 8 * slot.stage, slot.parity);
       // From one lane, so that the compiler knows it for all and adds to it on the uniform datapath.
       const uint64_t stage = describe(__shfl_sync(0xFFFFFFFFu, stages + slot.stage * S::kStageBytes, 0));
@@ -248,31 +244,13 @@ __device__ void consume(const Problem& problem, unsigned char* shared, int tasks
           wgmma_int8<S::kTokens>(total, weight.a[product], further(stage, 32 * product), step > 0 || product > 0);
         }
         wgmma_commit();
-        meanwhile();
         wgmma_wait<0>();
         hold(total);
       } else {
-        multiply_scaled<S>(total, weight, stage, scales + slot.stage * (S::kScaleBytes / 4), lane, meanwhile);
+        multiply_scaled<S>(total, weight, stage, scales + slot.stage * (S::kScaleBytes / 4), lane);
       }
       if (lane == 0) barrier_arrive(empty + 8 * slot.stage);
       slot.next();
-    };
-    if constexpr (S::kDecodesAhead) {
-      Decoded<S> even, odd;
-      decode(even);
-      const auto decode_after = [&](int step, Decoded<S>& weight) {
-        if (step + 1 < steps) decode(weight);
-      };
-      for (int step = 0; step < steps; step += 2) {
-        multiply(step, even, [&] { decode_after(step, odd); });
-        if (step + 1 < steps) multiply(step + 1, odd, [&] { decode_after(step + 1, even); });
-      }
-    } else {
-      for (int step = 0; step < steps; ++step) {
-        Decoded<S> weight;
-        decode(weight);
-        multiply(step, weight, [] {});
-      }
     }
     const Tile tile(problem.tiles, task);
     const int64_t row = static_cast<int64_t>(tile.row_unit) * S::kRows + warpgroup * 64;

@@ -1,14 +1,13 @@
-"""Which CUDA kernel multiplies: one function of M, N, K and the GPU, with named thresholds.
+"""Which CUDA kernel multiplies: the one of least predicted time, by M, N, K and the GPU.
 
-No threshold has been measured yet: each says what it was predicted from (docs/gpu_kernels.md has the counts).
-`bench/GPU_QUEUE.md` holds the runs that will confirm or move them.
+A prediction counts rounds of tiles and steps along K, each with the time that was measured for its tile.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import lru_cache
-from math import ceil
+from math import ceil, inf
 from typing import Literal
 
 import torch
@@ -54,84 +53,135 @@ class Plan:
 
 
 @dataclass(frozen=True)
-class _MmaTile:
+class MmaTile:
+    """A shape of csrc/cuda/linear_mma.cu or linear_quantized_mma.cu, for groups of 64 and more.
+
+    Args:
+        tokens, rows: activation and weight rows of a block.
+        warps_along_k: each has 64 columns of a step.
+        blocks: resident per multiprocessor.
+        shared: bytes of shared memory.
+        start: of a launch.
+        step: of a block that has its multiprocessor for itself.
+        busy_step: the same where blocks share it, divided by their number.
+        adding: what it takes 2, 4 and 8 blocks to add up a tile.
+    """
+
     tokens: int
     rows: int
     warps_along_k: int
-    blocks: int  # resident per multiprocessor
-    shared: int  # bytes
+    blocks: int
+    shared: int
+    start: float
+    step: float
+    busy_step: float
+    adding: tuple[float, float, float]
 
 
-# Shapes of csrc/cuda/linear_mma.cu, for groups of 64 and more.
+@dataclass(frozen=True)
+class WgmmaTile:
+    """A shape of csrc/cuda/linear_wgmma_sm90.cu or linear_quantized_wgmma_sm90.cu.
+
+    Args:
+        rows, tokens: weight and activation rows of a block.
+        start: of a launch.
+        step: of 64 columns; 128 with int8 products.
+    """
+
+    rows: int
+    tokens: int
+    start: float
+    step: float
+
+
+# Times are microseconds, fitted to those of every plan on an H100 (`python -m bench.gpu.sweep`): the plan of
+# least predicted time was measured to be the fastest or within 2 %, rarely 15 %. Only their ratios matter; on
+# GPUs other than Hopper nothing was measured yet.
 MMA_TILES = (
-    _MmaTile(8, 64, 8, 2, 98_816),
-    _MmaTile(16, 128, 2, 2, 98_816),
-    _MmaTile(32, 128, 2, 1, 132_096),
-    _MmaTile(64, 256, 1, 1, 164_864),
+    MmaTile(8, 64, 8, 2, 98_816, start=3.9, step=0.75, busy_step=0.73, adding=(2.2, 5.0, 5.5)),
+    MmaTile(16, 128, 2, 2, 98_816, start=0.1, step=0.71, busy_step=0.52, adding=(2.5, 7.8, 8.6)),
+    MmaTile(32, 128, 2, 1, 132_096, start=1.5, step=0.93, busy_step=0.93, adding=(2.7, 11.7, 12.9)),
+    MmaTile(64, 256, 1, 1, 164_864, start=0.0, step=1.31, busy_step=1.31, adding=(6.8, 13.7, 15.1)),
 )
-WGMMA_TILES = ((128, 64), (128, 128), (128, 256), (256, 128))  # rows, tokens
+WGMMA_TILES = (
+    WgmmaTile(128, 64, start=0.0, step=0.447),
+    WgmmaTile(128, 128, start=0.0, step=0.499),
+    WgmmaTile(128, 256, start=0.0, step=0.747),
+    WgmmaTile(256, 128, start=0.0, step=0.870),
+)
 
-# The same for csrc/cuda/linear_quantized_mma.cu and linear_quantized_wgmma_sm90.cu.
+# With quantizing the activations, one scale per token, in the start.
 QUANTIZED_MMA_TILES = (
-    _MmaTile(8, 64, 8, 2, 86_528),
-    _MmaTile(16, 128, 2, 2, 90_624),
-    _MmaTile(32, 128, 2, 1, 115_712),
-    _MmaTile(64, 256, 1, 1, 148_480),
+    MmaTile(8, 64, 8, 2, 86_528, start=7.3, step=0.83, busy_step=0.77, adding=(2.0, 4.8, 5.3)),
+    MmaTile(16, 128, 2, 2, 90_624, start=3.8, step=0.74, busy_step=0.51, adding=(2.7, 8.3, 9.1)),
+    MmaTile(32, 128, 2, 1, 115_712, start=5.6, step=0.87, busy_step=0.87, adding=(3.1, 12.0, 13.2)),
+    MmaTile(64, 256, 1, 1, 148_480, start=0.0, step=1.18, busy_step=1.18, adding=(9.3, 16.6, 18.3)),
 )
-QUANTIZED_WGMMA_TILES = ((128, 64), (128, 128), (128, 256))
+QUANTIZED_WGMMA_TILES = (
+    WgmmaTile(128, 64, start=7.4, step=0.608),
+    WgmmaTile(128, 128, start=7.6, step=0.775),
+    WgmmaTile(128, 256, start=7.8, step=1.247),
+)
 
-# mma.sync is bound by its products from 64 rows on, at half of memory speed; wgmma has twice the rate.
-# Predicted; below 33 rows both are bound by memory, and mma.sync needs no whole 64 rows.
-WGMMA_FROM_ROWS = 33
-# Below this share of the multiprocessors with a tile, splitting the columns (mma) uses more of the GPU.
-WGMMA_LEAST_FILLED = 0.75
-# Decoding to a buffer costs 4 bytes per weight of memory traffic, however many rows follow: 4 % of the
-# product at 8192 rows on an H200. Predicted: less than what the fused kernel's decoding costs from there on.
-HOPPER_DECODE_FROM_ROWS = 8192
-# mma.sync reaches about two thirds of what cuBLAS does on Ampere, and a third to a half on Blackwell, whose
-# own matrix instructions it does not use. Predicted from instruction counts.
+# Decoding to a buffer costs 4 bytes per weight of memory traffic, however many rows follow. On Hopper it does
+# not pay: the fused kernel is as fast as cuBLAS alone at 4096 rows. mma.sync reaches about two thirds of what
+# cuBLAS does on Ampere, and a third to a half on Blackwell, whose own matrix instructions it does not use:
+# predicted from instruction counts, not measured.
 AMPERE_DECODE_FROM_ROWS = 1024
 BLACKWELL_DECODE_FROM_ROWS = 256
 # GPUs with 99 KiB of shared memory decode each weight once per 16 activation rows.
 SMALL_DECODE_FROM_ROWS = 96
 
-# As WGMMA_FROM_ROWS. Predicted: up to here the integer kernels are bound by memory and look-ups alike.
-QUANTIZED_WGMMA_FROM_ROWS = 33
-
 RESERVED_BYTES = 1024  # of shared memory, per resident block
-SPLITS = (8, 4, 2, 1)
-_DECODE_CLOCKS = 180  # per warpgroup, 64 rows and 64 columns: counted instructions and their latencies
-_L2_BYTES_PER_CLOCK = 32  # per multiprocessor
-_INT8_DECODE_CLOCKS = 200  # per warpgroup, 64 rows and 128 columns: 128 of look-ups, and latencies
-_LANES = 128  # instructions per clock and multiprocessor
+SPLITS = (1, 2, 4, 8)
 
 
-def _mma_plan(m: int, n: int, k: int, gpu: Gpu, tiles: tuple[_MmaTile, ...]) -> Plan | None:
-    fitting = [tile for tile in tiles if tile.shared <= gpu.shared_per_block]
-    if not fitting:
-        return None
-    tile = next((tile for tile in fitting if tile.tokens >= m), fitting[-1])
-    tasks = ceil(n / tile.rows) * ceil(m / tile.tokens)
-    steps = ceil(k / (64 * tile.warps_along_k))
-    fitting_blocks = gpu.shared_per_processor // (tile.shared + RESERVED_BYTES)
-    resident = gpu.multiprocessors * max(1, min(tile.blocks, fitting_blocks))
-    split = next(split for split in SPLITS if split == 1 or (tasks * split <= resident and split <= steps))
-    return Plan("mma", tokens=tile.tokens, split=split)
+def _mma_time(m: int, n: int, k: int, tile: MmaTile, split: int, gpu: Gpu) -> float:
+    """Blocks go round by round, and a multiprocessor's blocks share it: whichever takes longer."""
+    blocks = ceil(n / tile.rows) * ceil(m / tile.tokens) * split
+    steps = ceil(ceil(k / (64 * tile.warps_along_k)) / split)
+    fitting = gpu.shared_per_processor // (tile.shared + RESERVED_BYTES)
+    resident = max(1, min(tile.blocks, fitting))
+    adding = 0.0 if split == 1 else tile.adding[SPLITS.index(split) - 1]
+    alone = ceil(blocks / (gpu.multiprocessors * resident)) * (steps * tile.step + adding)
+    shared = ceil(blocks / gpu.multiprocessors) * (steps * tile.busy_step + adding / resident)
+    return tile.start + max(alone, shared)
 
 
-def _wgmma_clocks(m: int, n: int, rows: int, tokens: int, gpu: Gpu) -> float:
-    """Predicted clocks per 64 columns: rounds of tiles times the slowest of products, a warpgroup, and L2."""
-    rounds = ceil(ceil(n / rows) * ceil(m / tokens) / gpu.multiprocessors)
-    per_warpgroup = rows // 128
-    products = rows // 64 * tokens * 2
-    warpgroup = per_warpgroup * (tokens * 2 + _DECODE_CLOCKS)
-    traffic = (tokens * 128 + rows * 32) / _L2_BYTES_PER_CLOCK
-    return rounds * max(products, warpgroup, traffic)
+def _wgmma_time(m: int, n: int, k: int, tile: WgmmaTile, columns: int, gpu: Gpu) -> float:
+    """`columns` of a step."""
+    tiles = ceil(n / tile.rows) * ceil(m / tile.tokens)
+    return tile.start + ceil(tiles / gpu.multiprocessors) * ceil(k / columns) * tile.step
 
 
-def _decode_from_rows(gpu: Gpu) -> int:
+def _fastest(
+    m: int,
+    n: int,
+    k: int,
+    mma: tuple[MmaTile, ...],
+    wgmma: tuple[WgmmaTile, ...],
+    columns: int,
+    gpu: Gpu,
+) -> Plan | None:
+    """The plan of least predicted time; None if no tile fits the GPU."""
+    times: dict[Plan, float] = {}
+    for tile in mma:
+        if tile.shared <= gpu.shared_per_block:
+            steps = ceil(k / (64 * tile.warps_along_k))
+            for split in SPLITS:
+                if split <= steps:
+                    plan = Plan("mma", tokens=tile.tokens, split=split)
+                    times[plan] = _mma_time(m, n, k, tile, split, gpu)
     if gpu.capability == HOPPER:
-        return HOPPER_DECODE_FROM_ROWS
+        for shape in wgmma:
+            plan = Plan("wgmma", tokens=shape.tokens, rows=shape.rows)
+            times[plan] = _wgmma_time(m, n, k, shape, columns, gpu)
+    return min(times, key=times.__getitem__, default=None)
+
+
+def _decode_from_rows(gpu: Gpu) -> float:
+    if gpu.capability == HOPPER:
+        return inf
     if gpu.shared_per_block < MMA_TILES[-1].shared:
         return SMALL_DECODE_FROM_ROWS
     return BLACKWELL_DECODE_FROM_ROWS if gpu.capability > HOPPER else AMPERE_DECODE_FROM_ROWS
@@ -150,33 +200,13 @@ def choose_linear(m: int, n: int, k: int, dtype: torch.dtype, gpu: Gpu) -> Plan:
     """
     if dtype == torch.float32 or m >= _decode_from_rows(gpu):
         return Plan("decode")
-    if gpu.capability == HOPPER and m >= WGMMA_FROM_ROWS:
-        rows, tokens = min(WGMMA_TILES, key=lambda tile: _wgmma_clocks(m, n, tile[0], tile[1], gpu))
-        filled = ceil(n / rows) * ceil(m / tokens) / gpu.multiprocessors
-        if m > MMA_TILES[-1].tokens or filled >= WGMMA_LEAST_FILLED:
-            return Plan("wgmma", tokens=tokens, rows=rows)
-    return _mma_plan(m, n, k, gpu, MMA_TILES) or Plan("decode")
+    return _fastest(m, n, k, MMA_TILES, WGMMA_TILES, 64, gpu) or Plan("decode")
 
 
-def quantized_wgmma_tiles(group_size: int, activation_group_size: int) -> tuple[tuple[int, int], ...]:
-    """Rows and tokens of the tiles that the integer wgmma kernel has for these groups."""
+def quantized_wgmma_tiles(group_size: int, activation_group_size: int) -> tuple[WgmmaTile, ...]:
+    """The tiles that the integer wgmma kernel has for these groups."""
     has_wide = group_size != 32 and activation_group_size <= 0
     return QUANTIZED_WGMMA_TILES if has_wide else QUANTIZED_WGMMA_TILES[:-1]
-
-
-def _quantized_wgmma_clocks(
-    m: int, n: int, rows: int, tokens: int, group_size: int, activation_group_size: int, gpu: Gpu
-) -> float:
-    """Predicted clocks per 128 columns, as `_wgmma_clocks`: besides, the instructions that scale sums."""
-    rounds = ceil(ceil(n / rows) * ceil(m / tokens) / gpu.multiprocessors)
-    groups = [size for size in (group_size, activation_group_size) if size > 0]
-    runs = 128 // min(groups) if groups else 0
-    scaling = runs * 64 * (3 if activation_group_size > 0 else 2) / _LANES  # clocks per token, a warpgroup
-    products = tokens * 2  # of a warpgroup
-    last = min(tokens, 64) * scaling / max(runs, 1)  # which no product hides
-    issue = 2 * (tokens * scaling + 64 * 128 * 5 / 4 / _LANES)
-    traffic = (tokens * 128 + rows * 64) / _L2_BYTES_PER_CLOCK
-    return rounds * max(2 * products, issue, products + _INT8_DECODE_CLOCKS + last, traffic)
 
 
 @lru_cache(maxsize=4096)
@@ -193,14 +223,7 @@ def choose_linear_quantized(
         activation_group_size: of the activations.
         gpu: where it runs; "mma" runs everywhere, however many rows there are.
     """
-    if gpu.capability == HOPPER and m >= QUANTIZED_WGMMA_FROM_ROWS:
-        rows, tokens = min(
-            quantized_wgmma_tiles(group_size, activation_group_size),
-            key=lambda tile: _quantized_wgmma_clocks(
-                m, n, tile[0], tile[1], group_size, activation_group_size, gpu
-            ),
-        )
-        filled = ceil(n / rows) * ceil(m / tokens) / gpu.multiprocessors
-        if m > QUANTIZED_MMA_TILES[-1].tokens or filled >= WGMMA_LEAST_FILLED:
-            return Plan("wgmma", tokens=tokens, rows=rows)
-    return _mma_plan(m, n, k, gpu, QUANTIZED_MMA_TILES) or Plan("mma", tokens=QUANTIZED_MMA_TILES[0].tokens)
+    wgmma = quantized_wgmma_tiles(group_size, activation_group_size)
+    return _fastest(m, n, k, QUANTIZED_MMA_TILES, wgmma, 128, gpu) or Plan(
+        "mma", tokens=QUANTIZED_MMA_TILES[0].tokens
+    )

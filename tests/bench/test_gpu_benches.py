@@ -329,6 +329,6 @@ def test_smoke_run_needs_a_file() -> None:
     assert "a smoke run needs a file" in result.output
 
 
-def test_all_sections_fit_into_eight_minutes() -> None:
+def test_all_sections_fit_into_ten_minutes() -> None:
     build, tests = 75, 130  # seconds: expected, and the limit in the Makefile
-    assert build + tests + sum(everything.SECTIONS.values()) <= 480
+    assert build + tests + sum(everything.SECTIONS.values()) <= 600
