@@ -86,12 +86,14 @@ class WgmmaTile:
         rows, tokens: weight and activation rows of a block.
         start: of a launch.
         step: of 64 columns; 128 with int8 products.
+        along_k: warpgroups that take turns with the steps.
     """
 
     rows: int
     tokens: int
     start: float
     step: float
+    along_k: int = 1
 
 
 # Times are microseconds, fitted to those of every plan on an H100 (`python -m bench.gpu.sweep`): the plan of
@@ -104,6 +106,7 @@ MMA_TILES = (
     MmaTile(64, 256, 1, 1, 164_864, start=0.0, step=1.31, busy_step=1.31, adding=(6.8, 13.7, 15.1)),
 )
 WGMMA_TILES = (
+    WgmmaTile(64, 64, start=2.0, step=0.5, along_k=4),
     WgmmaTile(128, 64, start=0.0, step=0.447),
     WgmmaTile(128, 128, start=0.0, step=0.499),
     WgmmaTile(128, 256, start=0.0, step=0.747),
@@ -118,6 +121,7 @@ QUANTIZED_MMA_TILES = (
     MmaTile(64, 256, 1, 1, 148_480, start=0.0, step=1.18, busy_step=1.18, adding=(9.3, 16.6, 18.3)),
 )
 QUANTIZED_WGMMA_TILES = (
+    WgmmaTile(64, 64, start=2.0, step=0.5, along_k=4),
     WgmmaTile(128, 64, start=7.4, step=0.608),
     WgmmaTile(128, 128, start=7.6, step=0.775),
     WgmmaTile(128, 256, start=7.8, step=1.247),
@@ -151,7 +155,8 @@ def _mma_time(m: int, n: int, k: int, tile: MmaTile, split: int, gpu: Gpu) -> fl
 def _wgmma_time(m: int, n: int, k: int, tile: WgmmaTile, columns: int, gpu: Gpu) -> float:
     """`columns` of a step."""
     tiles = ceil(n / tile.rows) * ceil(m / tile.tokens)
-    return tile.start + ceil(tiles / gpu.multiprocessors) * ceil(k / columns) * tile.step
+    steps = ceil(ceil(k / columns) / tile.along_k)
+    return tile.start + ceil(tiles / gpu.multiprocessors) * steps * tile.step
 
 
 def _fastest(
