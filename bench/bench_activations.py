@@ -1,12 +1,13 @@
 """What quantized activations cost a model, with and without the activation outliers of a large one.
 
-    python -m bench.bench_activations            # about 10 minutes on two cores
+    python -m bench.bench_activations            # about 20 minutes on two cores
     python -m bench.bench_activations --quick    # tiny sizes: only shows that everything runs
 
-The bundled language model: perplexity on its held-out text, once as it is and once after
-`olive.eval.inject_outliers` (factor 50 on 0.5 % of the channels, the same function). MiniLM: distance of
-sentence embeddings. Both in float32, with the kernels that users get. Static scales are calibrated on the
-first windows of the text, and perplexity is measured on the rest; MiniLM's on half of the sentences.
+The bundled language model: perplexity on its held-out text and KL divergence from the float model, once as
+it is, once after `olive.eval.inject_outliers` (factor 50 on 0.5 % of the channels that norms give, the same
+function), and once after the same to what the down projections read. MiniLM: distance of sentence
+embeddings. Both in float32, with the kernels that users get. Static scales are calibrated on the first
+windows of the text, and the rest is measured; MiniLM's on half of the sentences.
 "Plain" rows are integers without outlier-victim pairs: one scale per tensor, the largest magnitude.
 Rows are appended to `bench/results/activations.csv`.
 """
@@ -29,10 +30,11 @@ import olive
 from bench.bench_quality import SENTENCES, TINY_LLAMA, WINDOW, load_causal, quantizable_weights
 from bench.common import RESULTS, append_csv, environment
 from olive import QuantConfig
-from olive.eval import embedding_distance, inject_outliers, mean_pooled, perplexity
+from olive.eval import CausalComparison, compare_causal, embedding_distance, inject_outliers, mean_pooled
 from olive.walk import walk
 
 CALIBRATION_WINDOWS = 16
+OUTLIER_FACTOR, OUTLIER_SHARE = 50.0, 0.005  # those of `inject_outliers`
 
 
 class Plain(NamedTuple):
@@ -70,6 +72,23 @@ SETTINGS: dict[str, Setting] = {
     "W4A4, ovp4 adaptive per token and 128, rotated": QuantConfig(
         activations="ovp4", activation_group_size=128, activation_codebook="adaptive", rotate=True
     ),
+    "W4A4, ovp4 int4 per token, rotated online": QuantConfig(
+        activations="ovp4", rotate=True, rotate_online=True
+    ),
+    "W4A4, ovp4 adaptive per token and 32, rotated online": QuantConfig(
+        activations="ovp4",
+        activation_group_size=32,
+        activation_codebook="adaptive",
+        rotate=True,
+        rotate_online=True,
+    ),
+    "W4A4, ovp4 adaptive per token and 128, rotated online": QuantConfig(
+        activations="ovp4",
+        activation_group_size=128,
+        activation_codebook="adaptive",
+        rotate=True,
+        rotate_online=True,
+    ),
     "W4A4, plain int4 activations per token": PlainPerToken(4),
     "W8A8, ovp8 static, rotated": QuantConfig(
         bits=8, activations="ovp8", activation_group_size=0, rotate=True
@@ -83,6 +102,21 @@ SETTINGS: dict[str, Setting] = {
     "plain int4 weights, int8 activations, per tensor": Plain(4, 8),
     "plain int4, W4A4 per tensor": Plain(4, 4),
 }
+
+
+def inject_before_down(model: Any) -> None:
+    """Scale some rows of every `up_proj`, and those columns of its `down_proj` by the inverse.
+
+    The same function: what is between them is act(gate) * up. Channels are drawn with a fixed seed.
+    """
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for layer in model.model.layers:
+            up, down = layer.mlp.up_proj.weight, layer.mlp.down_proj.weight
+            count = max(1, round(OUTLIER_SHARE * len(up)))
+            channels = torch.randperm(len(up), generator=generator)[:count]
+            up[channels] *= OUTLIER_FACTOR
+            down[:, channels] /= OUTLIER_FACTOR
 
 
 def _round(values: Tensor, largest: Tensor, bits: int) -> Tensor:
@@ -149,14 +183,16 @@ def apply(model: Any, setting: Setting, batches: list[Any]) -> Any:
     return model
 
 
-def causal_perplexities(
+def causal_comparisons(
     model: Any, tokens: Tensor, settings: dict[str, Setting], window: int = WINDOW
-) -> dict[str, float]:
-    """Perplexity under each setting on what follows the windows that calibrate it."""
+) -> dict[str, CausalComparison]:
+    """The model under each setting beside itself, on what follows the windows that calibrate it."""
     used = CALIBRATION_WINDOWS * window
     batches = [tokens[:used].view(-1, window)]
     return {
-        name: perplexity(apply(model, setting, batches), tokens[used:], window=window)
+        name: compare_causal(
+            apply(model, setting, batches), model, tokens[used:], window=window, progress=False
+        )
         for name, setting in settings.items()
     }
 
@@ -200,14 +236,17 @@ def main(
         if not settings:
             raise typer.BadParameter(f"expected parts of {', '.join(SETTINGS)}", param_hint="--only")
     tokens = tokens[: (CALIBRATION_WINDOWS + 2) * window if quick else limit]
-    injected = copy.deepcopy(plain)
-    inject_outliers(injected)
     name = Path(model).name
-    columns = {
-        ("perplexity", name): causal_perplexities(plain, tokens, settings, window),
-        ("perplexity", f"{name}, outliers x 50"): causal_perplexities(injected, tokens, settings, window),
-        ("embedding distance", "MiniLM-L6"): minilm_distances(settings),
-    }
+    variants = {name: plain}
+    for kind, inject in (("outliers", inject_outliers), ("down_proj outliers", inject_before_down)):
+        variants[f"{name}, {kind} x {OUTLIER_FACTOR:g}"] = injected = copy.deepcopy(plain)
+        inject(injected)
+    columns: dict[tuple[str, str], dict[str, float]] = {}
+    for data, variant in variants.items():
+        found = causal_comparisons(variant, tokens, settings, window)
+        columns["perplexity", data] = {setting: one.perplexity for setting, one in found.items()}
+        columns["KL divergence", data] = {setting: one.kl_divergence for setting, one in found.items()}
+    columns["embedding distance", "MiniLM-L6"] = minilm_distances(settings)
     table = Table("setting", *(f"{metric}\n{data}" for metric, data in columns))
     for setting in settings:
         cells = (values.get(setting) for values in columns.values())

@@ -52,6 +52,9 @@ def quantize(
     rotate: Annotated[
         bool, typer.Option(help="Spread outliers over all channels; Llama-like models.")
     ] = False,
+    rotate_online: Annotated[
+        bool, typer.Option(help="With --rotate: the inputs of down_proj too, while the model runs.")
+    ] = False,
     calibration: Annotated[
         Path | None,
         typer.Option(help="Text file; the model is then loaded whole.", dir_okay=False, exists=True),
@@ -73,6 +76,7 @@ def quantize(
             activation_codebook=activation_codebook,
             method=method,
             rotate=rotate,
+            rotate_online=rotate_online,
         )
     except ValueError as error:
         raise typer.BadParameter(str(error)) from error

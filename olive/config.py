@@ -56,6 +56,10 @@ class QuantConfig:
         rotate: rotate the residual stream by a Hadamard matrix that is folded into the weights, norms too:
             the same function with outliers spread over all channels. For Llama-like models of transformers
             (`olive.ptq.rotation.ROTATABLE`).
+        rotate_online: with `rotate`, rotate what each `down_proj` reads as well, which no folding can do:
+            while the model runs, in blocks of columns: the largest power of two that divides their number, up
+            to 256 (`olive.ops.block_hadamard`). Channels of that input are balanced first, between `up_proj`
+            and `down_proj`. Costs a small product at each call; for activations of 4 bits.
 
     Raises:
         ValueError: a value out of its set, or values that do not go together.
@@ -73,6 +77,7 @@ class QuantConfig:
     damping: float = 0.01
     activation_order: bool = False
     rotate: bool = False
+    rotate_online: bool = False
 
     quant_method: ClassVar[str] = (
         "olive"  # by which transformers finds the quantizer of a `quantization_config`
@@ -86,6 +91,9 @@ class QuantConfig:
         self._check_activations()
         self._check_gptq()
         _expect("rotate", self.rotate, (False, True))
+        _expect("rotate_online", self.rotate_online, (False, True))
+        if self.rotate_online and not self.rotate:
+            raise ValueError("rotate_online: expected False without rotate=True, got True")
         if isinstance(self.skip, str) or not all(isinstance(name, str) for name in self.skip):
             raise TypeError(f"skip: expected a tuple of module names, got {self.skip!r}")
         object.__setattr__(self, "skip", tuple(self.skip))

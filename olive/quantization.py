@@ -19,7 +19,7 @@ from olive.ptq.moments import ColumnMoment
 from olive.ptq.parameter import StoredWeight, quantize_into
 from olive.ptq.rotation import rotate
 from olive.sequential import Replacements, SequentialQuantizer, collector_for
-from olive.walk import Inventory, attach_config, attached_config, check_skip, exchange, walk
+from olive.walk import ROTATED_ONLINE, Inventory, attach_config, attached_config, check_skip, exchange, walk
 
 _NO_BATCH = "calibration: expected at least one batch or text with a token, got none"
 _WITHOUT_DATA = (
@@ -68,7 +68,7 @@ def quantize(
     _check_arguments(model, config, calibration, tokenizer)
     inventory = walk(model, config)
     _check_inventory(model, config, inventory)
-    undo = rotate(model) if config.rotate else _nothing
+    undo = rotate(model, balance=config.rotate_online) if config.rotate else _nothing
     try:
         if config.rotate:
             inventory = walk(model, config)  # a head that was tied has a weight of its own now
@@ -164,6 +164,7 @@ def _calibrate(
     weighs = config.method == "search" and config.bits == 4
     collector = collector_for(
         list(inventory.targets),
+        config,
         sample=config.activations is not None,
         moment=ColumnMoment() if weighs else None,
     )
@@ -283,6 +284,11 @@ def _check_inventory(model: nn.Module, config: QuantConfig, inventory: Inventory
                 )
             if parameter.dtype not in FLOATS:
                 raise TypeError(f"{name}: expected float32, bfloat16 or float16, got {parameter.dtype}")
+    rotations = [target.input_rotations(config) for target in inventory.targets]
+    if config.rotate_online and not any(rotations):
+        raise ValueError(
+            f"rotate_online: expected False for a model without a {ROTATED_ONLINE} to quantize, got True"
+        )
 
 
 def _exchange(

@@ -270,7 +270,7 @@ class SequentialQuantizer:
     ) -> InputCollector:
         """Moments and samples of what reaches a stage, on all data."""
         format = self._config.activation_format
-        collector = collector_for(stage, sample=format is not None, moment=SecondMoment())
+        collector = collector_for(stage, self._config, sample=format is not None, moment=SecondMoment())
 
         def end(call: Call) -> None:
             raise _Stop
@@ -391,10 +391,14 @@ def _stages(targets: list[Target], call: Call, runner: nn.Module) -> tuple[list[
     return stages, [target for target in targets if target.module not in seen]
 
 
-def collector_for(targets: list[Target], *, sample: bool, moment: Moment | None) -> InputCollector:
-    """An `InputCollector` of the inputs of some targets."""
+def collector_for(
+    targets: list[Target], config: QuantConfig, *, sample: bool, moment: Moment | None
+) -> InputCollector:
+    """An `InputCollector` of the inputs of some targets, as their quantized layers will see them."""
     linears, experts, sorted_experts = {}, {}, set()
+    rotations: dict[str, int] = {}
     for target in targets:
+        rotations.update(target.input_rotations(config))
         names = tuple(target.parameters())
         if len(names) == 1:
             linears[names[0]] = target.module  # a layer, which has one weight
@@ -403,4 +407,6 @@ def collector_for(targets: list[Target], *, sample: bool, moment: Moment | None)
             experts[first, down] = target.module
             if target.kind == "sorted_experts":
                 sorted_experts.add((first, down))
-    return InputCollector(linears, experts, frozenset(sorted_experts), sample=sample, moment=moment)
+    return InputCollector(
+        linears, experts, frozenset(sorted_experts), rotations, sample=sample, moment=moment
+    )

@@ -26,11 +26,13 @@ from olive.nn import (
     OVPWeight,
 )
 from olive.nn.ovp_linear import OVPConv1D
+from olive.ops import block_size
 
 Kind = Literal["linear", "conv1d", "experts", "sorted_experts"]
 HEAD = "lm_head"  # in `QuantConfig.skip` it stands for the output head, whatever the model calls it
 VECTORS = "vectors only (norms, biases)"
 EMBEDDING = "embedding: rows are looked up, not multiplied"
+ROTATED_ONLINE = "down_proj"  # the last part of its name, of a layer as of a stack of experts
 _CONFIG = "_olive_config"
 _EXPERT_TRAITS = ("has_gate", "has_bias", "is_transposed", "num_experts", "config")
 
@@ -52,11 +54,40 @@ class Target:
     def replacement(self, config: QuantConfig) -> OVPLinear | OVPExperts:
         """An empty quantized module for this one, which is not changed."""
         group_size, bits, activations = config.group_size, config.bits, config.activation_format
+        new: OVPLinear | OVPExperts
         if self.kind in ("linear", "conv1d"):
             linear = OVPLinear if self.kind == "linear" else OVPConv1D
-            return linear.from_linear(self.module, group_size, bits=bits, activations=activations)
-        experts = OVPSortedExperts if self.kind == "sorted_experts" else OVPExperts
-        return experts.from_experts(self.module, group_size, bits=bits, activations=activations)
+            new = linear.from_linear(self.module, group_size, bits=bits, activations=activations)
+        else:
+            experts = OVPSortedExperts if self.kind == "sorted_experts" else OVPExperts
+            new = experts.from_experts(self.module, group_size, bits=bits, activations=activations)
+        weights = self.weights(new)
+        for name, block in self.input_rotations(config).items():
+            weights[name].input_rotation = block
+        return new
+
+    def input_rotations(self, config: QuantConfig) -> dict[str, int]:
+        """Columns of the blocks in which inputs are rotated, by the full name of the float parameter.
+
+        Raises:
+            ValueError: a `down_proj` with an odd number of columns, which no block but 1 divides.
+        """
+        if not config.rotate_online:
+            return {}
+        transposed = self.kind == "conv1d" or (
+            self.kind != "linear" and bool(getattr(self.module, "is_transposed", True))
+        )
+        found = {}
+        for name, weight in self.parameters().items():
+            if name.removesuffix(".weight").rpartition(".")[2] == ROTATED_ONLINE:
+                columns = int(weight.shape[-2 if transposed else -1])
+                if columns % 2:
+                    raise ValueError(
+                        f"{name}: expected an even number of columns to rotate online, got {columns}; use "
+                        f"rotate_online=False"
+                    )
+                found[name] = block_size(columns)
+        return found
 
     def parameters(self) -> dict[str, Tensor]:
         """The float parameters to quantize by full name, [N, K] or [E, N, K] (in Conv1D transposed)."""

@@ -23,6 +23,7 @@ from olive.formats import ActivationFormat
         {"activations": "ovp4", "activation_codebook": "adaptive", "activation_group_size": 64},
         {"activations": "ovp4", "activation_codebook": "paper", "activation_group_size": 0},
         {"activations": "ovp8", "bits": 8, "activation_group_size": 128},
+        {"rotate": True, "rotate_online": True},
     ],
 )
 def test_json_round_trip(values: dict[str, Any]) -> None:
@@ -117,6 +118,8 @@ def test_activation_format(method: str) -> None:
             ValueError,
             "activation_codebook: expected .* got 'paper', which is chosen from calibration data",
         ),
+        ({"rotate_online": True}, ValueError, "rotate_online: expected False without rotate=True, got True"),
+        ({"rotate": True, "rotate_online": 1}, ValueError, "rotate_online: expected one of False, True, got"),
     ],
 )
 def test_what_does_not_go_together(values: dict[str, Any], error: type[Exception], message: str) -> None:

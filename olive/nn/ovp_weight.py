@@ -93,6 +93,9 @@ class OVPWeight(nn.Module):
             are dynamic, one per token. Else None.
         activation_codebook: int8 [32] of "ovp4": a parameter with static scales, where it can depend on data,
             else a buffer that is not saved. Else None.
+        input_rotation: columns of the blocks in which the input is rotated by a Hadamard matrix H before
+            anything else (`olive.ops.block_hadamard`); 0 = it is not. The codes stand for W H then, so that
+            (x H) (W H)^T = x W^T. A state dict does not hold it: it follows from the `QuantConfig`.
         sqnr_db: signal-to-quantization-noise ratio of the weight in dB; None if not known.
         activation_figures: how a calibration sample survives; None if there was none.
     """
@@ -100,6 +103,7 @@ class OVPWeight(nn.Module):
     codebook: nn.Parameter | None
     activation_scale: nn.Parameter | None
     activation_codebook: Tensor | None
+    input_rotation: int = 0
 
     def __init__(
         self,
@@ -274,7 +278,7 @@ class OVPWeight(nn.Module):
             self.codes, self.scale = frozen(codes), frozen(scale)
 
     def dequantize(self, dtype: torch.dtype = torch.float32) -> Tensor:
-        """Decode to `dtype`: [N, K], or [E, N, K]."""
+        """Decode the codes to `dtype`: [N, K], or [E, N, K]; rotated still, if the input is."""
         codes, scale, codebook = self.canonical()
 
         def decode(codes: Tensor, scale: Tensor) -> Tensor:
@@ -291,16 +295,22 @@ class OVPWeight(nn.Module):
         return torch.stack([decode(codes[e], scale[e]) for e in range(self.experts)])
 
     def to_float(self) -> Tensor:
-        """The decoded weight as the float parameter was: its layout and the model's dtype."""
-        decoded = self.dequantize(self.dtype)
+        """The decoded weight as the float parameter was: its layout, the model's dtype, not rotated."""
+        if self.input_rotation:
+            decoded: Tensor = ops.block_hadamard(self.dequantize(), self.input_rotation).to(self.dtype)
+        else:
+            decoded = self.dequantize(self.dtype)
         return decoded.transpose(-1, -2).contiguous() if self.transposed else decoded
 
     def linear(self, input: Tensor, bias: Tensor | None = None, expert: int | None = None) -> Tensor:
         """input [..., K] times the transposed weight (of one expert) plus bias: [..., N], input's dtype.
 
-        With activations the input is quantized first. Integer products where every level is an int8, else
-        products in floating point (`olive.ops.float_activations`).
+        With activations the input is quantized first, and rotated before that if it is to be. Integer
+        products where every level is an int8, else products in floating point
+        (`olive.ops.float_activations`).
         """
+        if self.input_rotation:
+            input = ops.block_hadamard(input, self.input_rotation)
         codes: Tensor = self.codes
         scale: Tensor = self.scale
         if expert is not None:
@@ -332,9 +342,9 @@ class OVPWeight(nn.Module):
     def extra_repr(self) -> str:
         stack = "" if self.experts is None else f"experts={self.experts}, "
         bits = "" if self.bits == 4 else f", bits={self.bits}"
-        activations = ""
+        activations = f", input_rotation={self.input_rotation}" if self.input_rotation else ""
         if self._format is not None:
-            activations = (
+            activations += (
                 f", activations={self._format.name}, activation_group_size={self._format.group_size}"
             )
         return (

@@ -14,6 +14,7 @@ from olive.ops import (  # noqa: F401  (registers)
 from olive.ops.cpu import cpu_backend  # registers
 from olive.ops.float_activations import linear_float_activations  # registers
 from olive.ops.gpu import gpu_backend, has_packed_layout  # registers
+from olive.ops.online_hadamard import block_hadamard, block_size  # registers
 
 ovp_quantize = torch.ops.olive.ovp_quantize
 ovp_encode = torch.ops.olive.ovp_encode
@@ -29,6 +30,8 @@ ovp8_decode = torch.ops.olive.ovp8_decode
 ovp8_linear = torch.ops.olive.ovp8_linear
 
 __all__ = [
+    "block_hadamard",
+    "block_size",
     "cpu_backend",
     "gpu_backend",
     "has_packed_layout",

@@ -20,6 +20,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from olive import ops
 from olive.ptq.moments import Moment, SecondMoment
 
 # On the bundled model static scales differ from those of 4096 rows by 2 % on average and 10 % at most, about
@@ -87,6 +88,8 @@ class InputCollector:
         linears: layers whose input is one tensor [..., K], by the name of their weight.
         experts: modules of stacked experts, by the names of the weights: (first stack, down_proj).
         sorted_experts: those of `experts` whose tokens come sorted, as Llama 4's do.
+        rotations: columns of the blocks in which a layer rotates its input first, by the name of its weight;
+            what is gathered is of the rotated input.
         sample: whether to sample rows.
         moment: the empty moment to gather of each layer and expert; None = no moments.
     """
@@ -96,11 +99,13 @@ class InputCollector:
         linears: Mapping[str, nn.Module],
         experts: Mapping[tuple[str, str], nn.Module] = MappingProxyType({}),
         sorted_experts: frozenset[tuple[str, str]] = frozenset(),
+        rotations: Mapping[str, int] = MappingProxyType({}),
         *,
         sample: bool = True,
         moment: Moment | None = None,
     ) -> None:
         self._linears, self._experts, self._sorted = linears, experts, sorted_experts
+        self._rotations = rotations
         self._nothing = _Gathered(InputSample() if sample else None, moment)
         self._samples: dict[str, InputSample | None] = {}
         self._moments: dict[str, Moment | None] = {}
@@ -152,6 +157,7 @@ class InputCollector:
         """Count an input of a weight, in moments of one part of it."""
         if not found.is_floating_point() or found.numel() == 0:
             return
+        found = self._rotated(name, found)
         before = _Gathered(
             self._samples.get(name, self._nothing.sample),
             self._moments.get(name + part, self._nothing.moment),
@@ -165,6 +171,10 @@ class InputCollector:
             self._last = last = (found, before, self._after(name, found, before))
         self._samples[name], self._moments[name + part] = last[2]
 
+    def _rotated(self, name: str, found: Tensor) -> Tensor:
+        block = self._rotations.get(name)
+        return found if block is None else ops.block_hadamard(found.detach(), block)
+
     def _after(self, name: str, found: Tensor, before: _Gathered) -> _Gathered:
         least, most = found.detach().aminmax()
         largest = max(-float(least), float(most))
@@ -176,7 +186,8 @@ class InputCollector:
             )
         floats = self._floats.get(name)
         if floats is not None:
-            floats = floats.reshape(-1, floats.shape[-1]) if floats.shape == found.shape else None
+            same = floats.shape == found.shape
+            floats = self._rotated(name, floats).reshape(-1, floats.shape[-1]) if same else None
         return before.updated(found.reshape(-1, found.shape[-1]), largest, floats)
 
     def _on_experts(

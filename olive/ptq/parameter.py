@@ -10,6 +10,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from olive import ops
 from olive.config import QuantConfig
 from olive.formats.codebooks import Codebook
 from olive.nn import OVPWeight
@@ -125,13 +126,15 @@ def quantize_into(
     """Fill an empty weight from its float parameter, what its input needs included, and pack it.
 
     Args:
-        weight: empty.
+        weight: empty; if it rotates its input, it is filled with W H, rounded to the parameter's dtype.
         samples: of the inputs, by name; this weight's is taken out.
         parameter, config, name, moments, advance: as in `quantize_parameter`, whose errors are raised.
 
     Returns:
         What it was filled with.
     """
+    if weight.input_rotation:
+        parameter = _rotated(parameter, weight)
     stored = quantize_parameter(
         parameter, config, transposed=weight.transposed, name=name, moments=moments, advance=advance
     )
@@ -141,6 +144,14 @@ def quantize_into(
         set_activations(weight, sample, parameter)
     weight.pack_()
     return stored
+
+
+def _rotated(parameter: Tensor, weight: OVPWeight) -> Tensor:
+    """W H in the parameter's layout and dtype, computed in float32."""
+    matrix = parameter.detach()
+    matrix = matrix.transpose(-1, -2) if weight.transposed else matrix
+    turned: Tensor = ops.block_hadamard(matrix.float(), weight.input_rotation).to(parameter.dtype)
+    return turned.transpose(-1, -2) if weight.transposed else turned
 
 
 def _importance(moments: list[Moment | None]) -> Tensor | None:

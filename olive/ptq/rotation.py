@@ -6,7 +6,14 @@ multiplied by Q, and what reads from it by the inverse of Q: the same function, 
 spread over all channels, and so are the columns of the weights that would have met it. Nothing is left to be
 done while the model runs.
 
-Source: QuaRot, arXiv:2404.00456 (and SliceGPT, arXiv:2401.15024, for the invariance).
+What a down projection reads, act(gate) * up, is no part of the stream. Its layer can rotate it at each call
+(`olive.ops.online_hadamard`), but that mixes channels of all sizes: one that is always large, and met by
+small weights, would put its size on errors of large weights. So channels are balanced before: a row of the
+up projection is divided, and the column of the down projection multiplied, by what makes their norms alike.
+That is the same function again, and the scales of groups in a row of the up projection take it up.
+
+Source: QuaRot, arXiv:2404.00456 (and SliceGPT, arXiv:2401.15024, for the invariance); balancing: Nagel et
+al., arXiv:1906.04721, there for scales of whole weights.
 """
 
 from __future__ import annotations
@@ -25,7 +32,7 @@ ROTATABLE = ("llama", "mistral", "mixtral", "qwen2", "qwen3", "qwen3_moe")
 Undo = Callable[[], None]
 
 
-def rotate(model: nn.Module, *, seed: int = 0) -> Undo:
+def rotate(model: nn.Module, *, seed: int = 0, balance: bool = False) -> Undo:
     """Rotate a float model in place.
 
     Q is a Hadamard matrix with the signs of its rows drawn at random. A head that shares its weight with the
@@ -35,6 +42,7 @@ def rotate(model: nn.Module, *, seed: int = 0) -> Undo:
         model: of transformers, of a type in `ROTATABLE`, in float32, bfloat16 or float16. Products are in
             float32, and results are rounded to the model's dtype.
         seed: of the signs.
+        balance: also balance what the down projections read, for layers that rotate it.
 
     Returns:
         What puts the original parameters back, which it holds until then.
@@ -57,7 +65,7 @@ def rotate(model: nn.Module, *, seed: int = 0) -> Undo:
         )
     generator = torch.Generator().manual_seed(seed)
     signs = torch.randint(0, 2, (size,), generator=generator).float() * 2 - 1
-    change = _Change(signs)
+    change = _Change(signs, balance)
     try:
         change.run(model, decoder, config)
     except BaseException:
@@ -82,9 +90,10 @@ def _decoder_of(model: nn.Module) -> tuple[nn.Module, Any]:
 class _Change:
     """Changes to parameters, and the originals."""
 
-    def __init__(self, signs: Tensor) -> None:
-        self._signs = signs
+    def __init__(self, signs: Tensor, balance: bool) -> None:
+        self._signs, self._balances = signs, balance
         self._undo: list[Undo] = []
+        self._changed: set[nn.Parameter] = set()
 
     def undo(self) -> None:
         """Put the originals back; once is enough."""
@@ -103,9 +112,13 @@ class _Change:
             if experts is None:
                 self._read(layer.post_attention_layernorm, mlp.gate_proj, mlp.up_proj)
                 self._write(mlp.down_proj)
+                if self._balances:
+                    self._balance(mlp.up_proj, mlp.down_proj)
             else:  # mlp.gate is the router
                 self._read(layer.post_attention_layernorm, mlp.gate, (experts, "gate_up_proj"))
                 self._set(experts, "down_proj", self._left(experts.down_proj))
+                if self._balances:
+                    self._balance_experts(experts)
         self._read(decoder.norm, model.lm_head)
 
     def _read(self, norm: Any, *readers: Any) -> None:
@@ -122,6 +135,19 @@ class _Change:
         if writer.bias is not None:
             self._set(writer, "bias", self._right(writer.bias[None])[0])
 
+    def _balance(self, up: Any, down: Any) -> None:
+        scales = _balancing(up.weight, down.weight)
+        self._set(up, "weight", up.weight.detach().float() / scales[:, None])
+        if up.bias is not None:
+            self._set(up, "bias", up.bias.detach().float() / scales)
+        self._set(down, "weight", down.weight.detach().float() * scales)
+
+    def _balance_experts(self, experts: Any) -> None:
+        gate, up = experts.gate_up_proj.detach().float().chunk(2, dim=-2)
+        scales = _balancing(up, experts.down_proj)
+        self._set(experts, "gate_up_proj", torch.cat((gate, up / scales[..., None]), dim=-2))
+        self._set(experts, "down_proj", experts.down_proj.detach().float() * scales[..., None, :])
+
     def _right(self, weight: Tensor) -> Tensor:
         """W Q, over the last dimension: Q = signs x Hadamard."""
         return hadamard(weight.detach().float() * self._signs.to(weight.device))
@@ -135,7 +161,9 @@ class _Change:
         parameter = module._parameters[key]
         assert parameter is not None
         original = parameter.data
-        self._undo.append(lambda: setattr(parameter, "data", original))
+        if parameter not in self._changed:  # what is between two changes is not kept
+            self._changed.add(parameter)
+            self._undo.append(lambda: setattr(parameter, "data", original))
         parameter.data = value.to(original.dtype).contiguous()
 
     def _untie(self, model: Any, decoder: Any, config: Any) -> None:
@@ -159,6 +187,23 @@ class _Change:
             one.tie_word_embeddings = False
         if keys is not None:
             model.all_tied_weights_keys = {}
+
+
+def _balancing(up: Tensor, down: Tensor) -> Tensor:
+    """sqrt(norm of a row / norm of the column that meets it), relative to the geometric mean of all.
+
+    Args:
+        up: float [..., I, K].
+        down: float [..., N, I].
+
+    Returns:
+        float32 [..., I]; 1 where a row or a column is zero.
+    """
+    rows, columns = up.detach().float().norm(dim=-1), down.detach().float().norm(dim=-2)
+    known = (rows > 0) & (columns > 0)
+    roots = torch.where(known, rows / columns, 1.0).log() / 2
+    mean = roots.sum(-1, keepdim=True) / known.sum(-1, keepdim=True).clamp(min=1)
+    return torch.where(known, roots - mean, 0.0).exp()
 
 
 def _configs(model: nn.Module, config: Any) -> Iterator[Any]:

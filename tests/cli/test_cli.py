@@ -115,9 +115,21 @@ def test_quantize_with_gptq_and_rotation(model_path, tmp_path, monkeypatch):
     assert (quant.method, quant.codebook, quant.rotate) == ("gptq", "nf4", True)
 
 
+def test_quantize_with_online_rotation(model_path, tmp_path, monkeypatch):
+    monkeypatch.setattr("olive.ptq.grids.PAIR_GRID", (0.6, 0.9))
+    out = tmp_path / "quantized"
+    options = ["--codebook", "int4", "--activations", "ovp4", "--rotate", "--rotate-online"]
+    result = CliRunner().invoke(app, ["quantize", model_path, str(out), *options])
+    assert result.exit_code == 0, result.output
+    loaded = transformers.AutoModelForCausalLM.from_pretrained(out)
+    assert loaded.config.quantization_config.quant.rotate_online
+    assert loaded.model.layers[0].mlp.down_proj.input_rotation == 256
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
+        (["--rotate-online"], "rotate_online: expected False without rotate=True, got True"),
         (["--bits", "8", "--codebook", "nf4"], "codebook: expected 'ovp8' with bits=8"),
         (
             ["--activations", "int8", "--activation-group-size", "0"],

@@ -222,6 +222,20 @@ def test_a_captured_graph_gives_the_same_bits(rows: int) -> None:
     assert not torch.equal(out, expected)
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+def test_a_captured_rotation_gives_the_same_bits(dtype: torch.dtype) -> None:
+    x = torch.randn(3, 1536, dtype=dtype, device="cuda")
+    exact = ops.block_hadamard(x.double(), 256)
+    error = (ops.block_hadamard(x, 256).double() - exact).abs()  # the matrix is on the GPU from here on
+    assert bool((error <= torch.finfo(dtype).eps * exact.abs() + 1e-4).all())
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        out = ops.block_hadamard(x, 256)
+    x.copy_(torch.randn_like(x))
+    graph.replay()
+    assert torch.equal(out, ops.block_hadamard(x, 256))
+
+
 def _small_llama() -> Any:
     torch.manual_seed(0)
     config = transformers.LlamaConfig(
