@@ -81,6 +81,11 @@ class Method(ABC):
         who = "" if self.implementation in (OLIVE, OWN) else f" ({self.implementation})"
         return f"{self.format}{data}{size}{who}"
 
+    @property
+    def rotates(self) -> bool:
+        """Whether the model is rotated first: only whole Llama-like models can be, and weights are others."""
+        return False
+
     @abstractmethod
     def quantize(self, model: nn.Module, batches: list[Batch], skip: tuple[str, ...] = SKIP) -> Quantized:
         """Quantize a copy of a model; batches are what it may be calibrated on."""
@@ -95,6 +100,11 @@ class OVP(Method):
     """Outlier-victim pairs, by `olive.quantize`."""
 
     config: QuantConfig
+
+    @property
+    def rotates(self) -> bool:
+        """As in the base class."""
+        return self.config.rotate
 
     def quantize(self, model: nn.Module, batches: list[Batch], skip: tuple[str, ...] = SKIP) -> Quantized:
         """As in the base class."""
@@ -171,6 +181,14 @@ def _ovp_methods() -> list[Method]:
             OVP(f"OVP {codebook}", calibration, OLIVE, config.group_size, config)
             for calibration, config in settings
         ]
+        if codebook in ("adaptive", "learned"):
+            found += [
+                OVP(f"OVP {codebook}, rotated", calibration, OLIVE, config.group_size, config)
+                for calibration, config in (
+                    (NO_DATA, replace(search, rotate=True)),
+                    (GPTQ, replace(gptq, rotate=True)),
+                )
+            ]
     return found
 
 

@@ -118,8 +118,9 @@ class Causal(Subject):
             PERPLEXITY: found.perplexity,
             INCREASE: found.perplexity - found.reference_perplexity,
             DIVERGENCE: found.kl_divergence,
-            WEIGHT_ERROR: weight_error(quantized.weights, self._original),
         }
+        if not method.rotates:
+            figures[WEIGHT_ERROR] = weight_error(quantized.weights, self._original)
         return Measured(quantized.bits_per_weight, figures)
 
     def reference_perplexity(self) -> float:

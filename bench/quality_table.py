@@ -46,12 +46,14 @@ DATA_FREE_COLUMNS: tuple[Column, ...] = (
     ("perplexity", "tiny_llama", "perplexity, bundled model", 3),
 )
 # The README has NF4 as it is used most, with double quantization in blocks of 64, and leaves out the others;
-# and "auto", which is the best of the other codebooks.
+# "auto", which is the best of the other codebooks, and rotated models.
 README_LEAVES_OUT = (
     ("NF4, absmax", "64"),
     ("NF4, absmax", "128"),
     ("NF4, double quantization", "128"),
     ("OVP auto", "128"),
+    ("OVP adaptive, rotated", "128"),
+    ("OVP learned, rotated", "128"),
 )
 SECTIONS = (  # values of the column `calibration`, their title
     (("none",), "no data"),
