@@ -313,8 +313,8 @@ def test_bad_arguments_are_named() -> None:
             run(Plan("mma", tokens=24))
         with pytest.raises(ValueError, match="split: expected 1, 2, 4 or 8, got 3"):
             run(Plan("mma", tokens=8, split=3))
-        with pytest.raises(ValueError, match="rows, tokens: expected 128, 64"):
-            run(Plan("wgmma", rows=64, tokens=64))
+        with pytest.raises(ValueError, match="rows, tokens: expected 64, 64"):
+            run(Plan("wgmma", rows=64, tokens=128))
         with pytest.raises(ValueError, match="type: expected float16 or bfloat16 activations"):
             run(Plan("mma", tokens=8), x.float())
         with pytest.raises(ValueError, match=r"codes: expected shape \(8, 4, 512\), got \(8, 3, 512\)"):
