@@ -53,7 +53,7 @@ struct MmaShape {
 constexpr int kMmaShapes = 4;
 const MmaShape* mma_shapes();
 struct WgmmaTile {
-  int rows;    // 64, 128 or 256 weight rows per block
+  int rows;    // 128 or 256 weight rows per block
   int tokens;  // 64, 128 or 256 activation rows per block
 };
 void ovp_linear_mma(const LinearArguments& arguments, const MmaTile& tile, uintptr_t stream);

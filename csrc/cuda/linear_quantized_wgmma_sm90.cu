@@ -44,22 +44,21 @@ struct Problem {
 template <Scaling kScalingV, int kBlockV, int kTokensV, int kStagesV>
 struct Shape {
   static constexpr Scaling kScaling = kScalingV;
-  using W = Warpgroups<2, 1>;
   using Sum = std::conditional_t<kScaling == Scaling::kOnce, int, float>;
   static constexpr int kBlock = kBlockV, kTokens = kTokensV, kStages = kStagesV;
   static constexpr int kBlocks = kStageColumns / kBlock;                 // runs of a stage
   static constexpr int kGroups = kBlock == 32 ? 2 : 1;                   // scales of a tile of the weight
   static constexpr int kWeightScales = kBlock == 128 ? 1 : 2 * kGroups;  // of a stage, per lane
-  static constexpr int kRows = 64 * W::kRowGroups;
+  static constexpr int kRows = 64 * kConsumers;
   static constexpr int kStageBytes = kTokens * kStageColumns;
   static constexpr int kScaleBytes = kScaling == Scaling::kByBoth ? kBlocks * kTokens * 4 : 0;  // of activations
   // So many steps are on their way: that is how long a stage takes, and what fits.
-  using Codes = CodeShape<W, 1, 2, kWeightScales, kTokens == 256 ? 3 : 4>;
+  using Codes = CodeShape<1, 2, kWeightScales, kTokens == 256 ? 3 : 4>;
   static constexpr int kStagesAt = kTableBytes;
   static constexpr int kScalesAt = kStagesAt + kStages * kStageBytes;
   static constexpr int kCodesAt = kScalesAt + kStages * kScaleBytes;
   static constexpr int kOutAt = kCodesAt + Codes::kStages * Codes::kStageBytes;
-  static constexpr int kBarriersAt = kOutAt + W::kRowGroups * kOutBytes;
+  static constexpr int kBarriersAt = kOutAt + kConsumers * kOutBytes;
   static constexpr int kShared = kBarriersAt + 2 * kStages * 8;
   static_assert(kShared <= 227 * 1024, "what a block may have on Hopper");
   static_assert(kOutAt % 128 == 0, "staging is stored to in 16 bytes");
@@ -267,7 +266,7 @@ __device__ void consume(const Problem& problem, unsigned char* shared, int tasks
 #endif  // OLIVE_HAS_WGMMA
 
 template <class S>
-__global__ void __launch_bounds__(S::W::kThreads, 1)
+__global__ void __launch_bounds__(kWgmmaThreads, 1)
     ovp_linear_quantized_wgmma_kernel(const Problem problem, const __grid_constant__ TensorMap x) {
 #if defined(OLIVE_HAS_WGMMA)
   OLIVE_SHARED(shared);
@@ -279,19 +278,20 @@ __global__ void __launch_bounds__(S::W::kThreads, 1)
     const uint32_t full = shared_address(shared + S::kBarriersAt);
     for (int i = 0; i < S::kStages; ++i) {
       barrier_init(full + 8 * i, 1);
-      barrier_init(full + 8 * (S::kStages + i), 4 * S::W::kConsumers);  // a lane of every consuming warp
+      barrier_init(full + 8 * (S::kStages + i), 4 * kConsumers);  // a lane of every consuming warp
     }
     barrier_init_fence();
   }
   wait_for_launch_before();
   let_next_launch_start();
-  fill_int8_table(shared, problem.codebook, threadIdx.x, S::W::kThreads);
+  fill_int8_table(shared, problem.codebook, threadIdx.x, kWgmmaThreads);
   __syncthreads();
-  if (warpgroup == S::W::kConsumers) {
-    give_registers<S::W::kProducerRegisters>();
-    if (threadIdx.x == 128 * S::W::kConsumers) produce<S>(problem, &x, shared, tasks, steps);
+  // 24 + 2 x 240 registers for four warps each: 64 512 of 65 536.
+  if (warpgroup == kConsumers) {
+    give_registers<24>();
+    if (threadIdx.x == 128 * kConsumers) produce<S>(problem, &x, shared, tasks, steps);
   } else {
-    take_registers<S::W::kConsumerRegisters>();
+    take_registers<240>();
     consume<S>(problem, shared, tasks, steps, warpgroup);
   }
 #else
@@ -312,7 +312,7 @@ void launch_shape(Problem problem, const QuantizedLinearArguments& arguments, ui
   const TensorMap x =
       map_matrix(arguments.x, Element::int8, problem.m, column_tiles(arguments.weight.k) * kTileColumns, S::kTokens);
   launch("ovp_linear_quantized_wgmma", ovp_linear_quantized_wgmma_kernel<S>,
-         Launch{static_cast<unsigned>(blocks), 1, S::W::kThreads, S::kShared, 1, stream, true}, problem, x);
+         Launch{static_cast<unsigned>(blocks), 1, kWgmmaThreads, S::kShared, 1, stream, true}, problem, x);
 }
 
 template <Scaling kScaling, int kBlock>

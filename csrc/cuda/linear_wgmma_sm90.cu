@@ -29,25 +29,19 @@ struct Problem {
 };
 
 // kGroups: groups of weights in 64 columns, 2 for groups of 32, else 1. kRowTiles: of 64 rows, per warpgroup.
-template <int kGroupsV, int kRowTilesV, int kTokensV, int kStagesV, int kCodeStages,
-          class WarpgroupsV = Warpgroups<2, 1>>
+template <int kGroupsV, int kRowTilesV, int kTokensV, int kStagesV, int kCodeStages>
 struct Shape {
-  using W = WarpgroupsV;
   static constexpr int kGroups = kGroupsV;
   static constexpr int kRowTiles = kRowTilesV, kTokens = kTokensV, kStages = kStagesV;
-  using Codes = CodeShape<W, kRowTiles, 1, kGroups, kCodeStages>;
-  static constexpr int kRows = 64 * kRowTiles * W::kRowGroups;
+  using Codes = CodeShape<kRowTiles, 1, kGroups, kCodeStages>;
+  static constexpr int kRows = 64 * kRowTiles * kConsumers;
   static constexpr int kStageBytes = kTokens * kTileColumns * 2;
   static constexpr int kStagesAt = kTableBytes;
   static constexpr int kOutAt = kStagesAt + kStages * kStageBytes;
-  static constexpr int kCodesAt = kOutAt + W::kRowGroups * kOutBytes;
-  // Sums of the warpgroups along K but the first, each sum of all threads in a row.
-  static constexpr int kSumBytes = kRowTiles * kTokens / 2 * 128 * 4;
-  static constexpr int kSumsAt = kCodesAt + kCodeStages * Codes::kStageBytes;
-  static constexpr int kBarriersAt = kSumsAt + (W::kConsumers - W::kRowGroups) * kSumBytes;
+  static constexpr int kCodesAt = kOutAt + kConsumers * kOutBytes;
+  static constexpr int kBarriersAt = kCodesAt + kCodeStages * Codes::kStageBytes;
   static constexpr int kShared = kBarriersAt + 2 * kStages * 8;
   static_assert(kShared <= 227 * 1024, "what a block may have on Hopper");
-  static_assert(2 * W::kAlongK <= kStages || W::kAlongK == 1, "Slot::advance");
 };
 
 #if defined(OLIVE_HAS_WGMMA)
@@ -167,41 +161,13 @@ __device__ __forceinline__ void write_tile(const Problem& problem, const float (
       [&](int c) { return sum[c] + bias[c / 2 % 2]; }, [](float low, float high) { return round_pair<T>(low, high); });
 }
 
-// Adds what the warpgroups along K have to the sums of the first one, in their order.
-template <class S>
-__device__ __forceinline__ void add_along(float (&sum)[S::kRowTiles][S::kTokens / 2], unsigned char* shared, int along,
-                                          int row_group) {
-  static_assert(S::W::kRowGroups == 1, "a barrier for each group of rows");
-  constexpr int kBarrier = 3, kThreads = 128 * S::W::kAlongK;
-  auto* sums = reinterpret_cast<float*>(shared + S::kSumsAt) + threadIdx.x % 128;
-  constexpr int kOne = S::kSumBytes / 4;
-  const auto for_each = [&](int from, auto use) {
-#pragma unroll
-    for (int r = 0; r < S::kRowTiles; ++r) {
-#pragma unroll
-      for (int i = 0; i < S::kTokens / 2; ++i) use(sum[r][i], sums[from * kOne + (r * (S::kTokens / 2) + i) * 128]);
-    }
-  };
-  if (along > 0) for_each(along - 1, [](float own, float& kept) { kept = own; });
-  sync_some<kBarrier, kThreads>();
-  if (along == 0) {
-#pragma unroll
-    for (int other = 1; other < S::W::kAlongK; ++other) {
-      for_each(other - 1, [](float& own, float kept) { own += kept; });
-    }
-  }
-  sync_some<kBarrier, kThreads>();  // they may be written again
-}
-
 template <class T, class S>
 __device__ void consume(const Problem& problem, unsigned char* shared, int tasks, int warpgroup) {
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32 % 4;
   const uint32_t stages = shared_address(shared + S::kStagesAt), full = shared_address(shared + S::kBarriersAt);
   const uint32_t empty = full + 8 * S::kStages;
-  const int row_group = warpgroup % S::W::kRowGroups, along = warpgroup / S::W::kRowGroups;
-  unsigned char* staging = shared + S::kOutAt + row_group * kOutBytes;
+  unsigned char* staging = shared + S::kOutAt + warpgroup * kOutBytes;
   const int steps = problem.weight.column_tiles;
-  const int own_steps = (steps - along + S::W::kAlongK - 1) / S::W::kAlongK;  // along, along + kAlongK and so on
 
   CodeStream<typename S::Codes> stream(problem.weight, problem.tiles, steps, shared + S::kCodesAt, warpgroup, warp,
                                        lane);
@@ -210,7 +176,6 @@ __device__ void consume(const Problem& problem, unsigned char* shared, int tasks
     stream.next();
   };
   Slot<S::kStages> slot;
-  slot.advance(along);
   for (int task = blockIdx.x; task < tasks; task += gridDim.x) {
     float sum[S::kRowTiles][S::kTokens / 2];
     // While a step is multiplied the next one is decoded.
@@ -226,39 +191,25 @@ __device__ void consume(const Problem& problem, unsigned char* shared, int tasks
         }
       }
       wgmma_commit();
-      const bool is_last = step + 1 == own_steps;
-      if (!is_last) decode(following);
+      if (step + 1 < steps) decode(following);
       wgmma_wait<0>();
 #pragma unroll
       for (int r = 0; r < S::kRowTiles; ++r) hold(sum[r]);
       if (lane == 0) barrier_arrive(empty + 8 * slot.stage);
-      slot.advance(is_last ? steps - step * S::W::kAlongK : S::W::kAlongK);  // to the next tile's
+      slot.next();
     };
-    if (own_steps > 0) {
-      Fragments<S> even, odd;
-      decode(even);
-      for (int step = 0; step < own_steps; step += 2) {
-        multiply(step, even, odd);
-        if (step + 1 < own_steps) multiply(step + 1, odd, even);
-      }
-    } else {
-      slot.advance(steps);
-#pragma unroll
-      for (int r = 0; r < S::kRowTiles; ++r) {
-#pragma unroll
-        for (int i = 0; i < S::kTokens / 2; ++i) sum[r][i] = 0.0f;
-      }
-    }
-    if constexpr (S::W::kAlongK > 1) {
-      add_along<S>(sum, shared, along, row_group);
-      if (along > 0) continue;
+    Fragments<S> even, odd;
+    decode(even);
+    for (int step = 0; step < steps; step += 2) {
+      multiply(step, even, odd);
+      if (step + 1 < steps) multiply(step + 1, odd, even);
     }
     const Tile tile(problem.tiles, task);
 #pragma unroll
     for (int r = 0; r < S::kRowTiles; ++r) {
-      const int64_t row = static_cast<int64_t>(tile.row_unit) * S::kRows + (row_group * S::kRowTiles + r) * 64;
+      const int64_t row = static_cast<int64_t>(tile.row_unit) * S::kRows + (warpgroup * S::kRowTiles + r) * 64;
       const int64_t token = static_cast<int64_t>(tile.token_unit) * S::kTokens;
-      if (row_group == 0) {
+      if (warpgroup == 0) {
         write_tile<T, S, 1>(problem, sum[r], staging, row, token, warp, lane);
       } else {
         write_tile<T, S, 2>(problem, sum[r], staging, row, token, warp, lane);
@@ -270,7 +221,7 @@ __device__ void consume(const Problem& problem, unsigned char* shared, int tasks
 #endif  // OLIVE_HAS_WGMMA
 
 template <class T, class S>
-__global__ void __launch_bounds__(S::W::kThreads, 1)
+__global__ void __launch_bounds__(kWgmmaThreads, 1)
     ovp_linear_wgmma_kernel(const Problem problem, const __grid_constant__ TensorMap x) {
 #if defined(OLIVE_HAS_WGMMA)
   OLIVE_SHARED(shared);
@@ -281,19 +232,20 @@ __global__ void __launch_bounds__(S::W::kThreads, 1)
     const uint32_t full = shared_address(shared + S::kBarriersAt);
     for (int i = 0; i < S::kStages; ++i) {
       barrier_init(full + 8 * i, 1);
-      barrier_init(full + 8 * (S::kStages + i), 4 * S::W::kRowGroups);  // a lane of every warp that has the step
+      barrier_init(full + 8 * (S::kStages + i), 4 * kConsumers);  // a lane of every consuming warp
     }
     barrier_init_fence();
   }
   wait_for_launch_before();
   let_next_launch_start();
-  fill_table<T>(shared, problem.codebook, threadIdx.x, S::W::kThreads, kUnit<T>);
+  fill_table<T>(shared, problem.codebook, threadIdx.x, kWgmmaThreads, kUnit<T>);
   __syncthreads();
-  if (warpgroup == S::W::kConsumers) {
-    give_registers<S::W::kProducerRegisters>();
-    if (threadIdx.x == 128 * S::W::kConsumers) produce<T, S>(problem, &x, shared, tasks);
+  // 24 + 2 x 240 registers for four warps each: 64 512 of 65 536.
+  if (warpgroup == kConsumers) {
+    give_registers<24>();
+    if (threadIdx.x == 128 * kConsumers) produce<T, S>(problem, &x, shared, tasks);
   } else {
-    take_registers<S::W::kConsumerRegisters>();
+    take_registers<240>();
     consume<T, S>(problem, shared, tasks, warpgroup);
   }
 #else
@@ -314,21 +266,17 @@ void launch_shape(Problem problem, const LinearArguments& arguments, uintptr_t s
   const TensorMap x = map_matrix(arguments.x, Bits<T>::kType == Float::bf16 ? Element::bf16 : Element::f16, problem.m,
                                  problem.k, S::kTokens);
   launch("ovp_linear_wgmma", ovp_linear_wgmma_kernel<T, S>,
-         Launch{static_cast<unsigned>(blocks), 1, S::W::kThreads, S::kShared, 1, stream, true}, problem, x);
+         Launch{static_cast<unsigned>(blocks), 1, kWgmmaThreads, S::kShared, 1, stream, true}, problem, x);
 }
 
 template <class T, int kGroups>
 void launch_tile(const Problem& problem, const LinearArguments& arguments, const WgmmaTile& tile, uintptr_t stream) {
   const auto is = [&](int rows, int tokens) { return tile.rows == rows && tile.tokens == tokens; };
-  if (is(64, 64)) {
-    return launch_shape<T, Shape<kGroups, 1, 64, 8, kGroups == 1 ? 4 : 3, Warpgroups<1, 4>>>(problem, arguments,
-                                                                                             stream);
-  }
   if (is(128, 64)) return launch_shape<T, Shape<kGroups, 1, 64, 8, 4>>(problem, arguments, stream);
   if (is(128, 128)) return launch_shape<T, Shape<kGroups, 1, 128, 6, 4>>(problem, arguments, stream);
   if (is(128, 256)) return launch_shape<T, Shape<kGroups, 1, 256, 4, 3>>(problem, arguments, stream);
   if (is(256, 128)) return launch_shape<T, Shape<kGroups, 2, 128, 6, 4>>(problem, arguments, stream);
-  throw std::invalid_argument("rows, tokens: expected 64, 64 or 128, 64 or 128, 128 or 128, 256 or 256, 128, got " +
+  throw std::invalid_argument("rows, tokens: expected 128, 64 or 128, 128 or 128, 256 or 256, 128, got " +
                               std::to_string(tile.rows) + ", " + std::to_string(tile.tokens));
 }
 

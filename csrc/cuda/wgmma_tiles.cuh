@@ -8,17 +8,8 @@
 
 namespace olive::cuda {
 
-// How a block's consuming warpgroups share a tile: kRowGroups have rows of their own, and kAlongK of them take turns
-// with the steps along K. A warpgroup more brings activations.
-template <int kRowGroupsV, int kAlongKV>
-struct Warpgroups {
-  static constexpr int kRowGroups = kRowGroupsV, kAlongK = kAlongKV, kConsumers = kRowGroups * kAlongK;
-  static constexpr int kThreads = 128 * (1 + kConsumers);
-  // Of 65 536 registers, for four warps each; in eights.
-  static constexpr int kProducerRegisters = 24;
-  static constexpr int kConsumerRegisters = (65536 / 128 - kProducerRegisters) / kConsumers / 8 * 8;
-};
-
+constexpr int kConsumers = 2;  // warpgroups
+constexpr int kWgmmaThreads = 128 * (1 + kConsumers);
 constexpr int kTokenGroup = 8;  // token units that neighbouring blocks share weights and activations among, for L2
 constexpr int kOutBytes = 64 * 64 * 2;  // a warpgroup's outputs on their way, 64 activation rows at a time
 
@@ -29,14 +20,13 @@ struct TileCounts {
 // How codes come to a block's shared memory. A step is kColumnTiles of the weight's tiles wide. A warp has kRowTiles
 // row tiles of its warpgroup's 64 kRowTiles rows, with kScales stored scales a lane, tile and step, and kStages steps
 // on their way.
-template <class WarpgroupsV, int kRowTilesV, int kColumnTilesV, int kScalesV, int kStagesV>
+template <int kRowTilesV, int kColumnTilesV, int kScalesV, int kStagesV>
 struct CodeShape {
-  using W = WarpgroupsV;
   static constexpr int kRowTiles = kRowTilesV, kColumnTiles = kColumnTilesV, kScales = kScalesV, kStages = kStagesV;
   static constexpr int kTileBytes = 32 * 16;                               // 16 bytes a lane
   static constexpr int kScalesAt = kRowTiles * kColumnTiles * kTileBytes;  // of a warp's part
   static constexpr int kWarpBytes = kScalesAt + kRowTiles * kScales * 32 * 4;
-  static constexpr int kStageBytes = 4 * W::kConsumers * kWarpBytes;
+  static constexpr int kStageBytes = 4 * kConsumers * kWarpBytes;
 };
 
 #if defined(OLIVE_HAS_WGMMA)
@@ -59,15 +49,12 @@ template <int kStages>
 struct Slot {
   int stage = 0;
   uint32_t parity = 0;
-  // At most kStages further on.
-  __device__ void advance(int steps) {
-    stage += steps;
-    if (stage >= kStages) {
-      stage -= kStages;
+  __device__ void next() {
+    if (++stage == kStages) {
+      stage = 0;
       parity ^= 1;
     }
   }
-  __device__ void next() { advance(1); }
 };
 
 // B of one product, 32 bytes of each row: K-major, rows of 128 bytes, chunks swizzled; eight rows are 1024 bytes.
@@ -96,14 +83,12 @@ class CodeStream {
         tiles_(tiles),
         tasks_(tiles.row_units * tiles.token_units),
         steps_(steps),
-        row_group_(warpgroup % C::W::kRowGroups),
-        first_step_(warpgroup / C::W::kRowGroups),
+        warpgroup_(warpgroup),
         warp_(warp),
         lane_(lane),
         own_(shared + (warpgroup * 4 + warp) * C::kWarpBytes + lane * 16),
         place_(shared_address(own_)),
-        task_(blockIdx.x),
-        step_(first_step_) {
+        task_(blockIdx.x) {
     begin();
 #pragma unroll 1
     for (int i = 0; i < C::kStages - 1; ++i) copy();
@@ -139,13 +124,13 @@ class CodeStream {
     const Tile tile(tiles_, task_);
 #pragma unroll
     for (int r = 0; r < C::kRowTiles; ++r) {
-      const int first = ((tile.row_unit * C::W::kRowGroups + row_group_) * C::kRowTiles + r) * 4;
+      const int first = ((tile.row_unit * kConsumers + warpgroup_) * C::kRowTiles + r) * 4;
       rows_[r] = weight_.rows(first, 4, lane_).below(weight_, warp_);
     }
   }
 
   __device__ __forceinline__ void copy() {
-    if (task_ < tasks_ && first_step_ < steps_) {
+    if (task_ < tasks_) {
       const uint32_t to = place_ + last_ * C::kStageBytes;
       const int last_tile = weight_.column_tiles - 1;
       const uint32_t last_group = weight_.groups - 1;
@@ -165,9 +150,8 @@ class CodeStream {
           copy_async_word(to + scale_offset(r, i, lane_), from);
         }
       }
-      step_ += C::W::kAlongK;
-      if (step_ >= steps_) {
-        step_ = first_step_;
+      if (++step_ == steps_) {
+        step_ = 0;
         task_ += gridDim.x;
         begin();
       }
@@ -178,11 +162,11 @@ class CodeStream {
 
   const PackedReader& weight_;
   const TileCounts& tiles_;
-  int tasks_, steps_, row_group_, first_step_, warp_, lane_;
+  int tasks_, steps_, warpgroup_, warp_, lane_;
   const unsigned char* own_;
   uint32_t place_;
   TileRows rows_[C::kRowTiles];
-  int task_, step_;
+  int task_, step_ = 0;
   int first_ = 0, last_ = 0;  // code stages
 };
 

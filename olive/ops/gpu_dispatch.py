@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import lru_cache
-from math import ceil, inf
+from math import ceil
 from typing import Literal
 
 import torch
@@ -86,51 +86,48 @@ class WgmmaTile:
         rows, tokens: weight and activation rows of a block.
         start: of a launch.
         step: of 64 columns; 128 with int8 products.
-        along_k: warpgroups that take turns with the steps.
     """
 
     rows: int
     tokens: int
     start: float
     step: float
-    along_k: int = 1
 
 
-# Times are microseconds, fitted to those of every plan on an H100 (`python -m bench.gpu.sweep`): the plan of
-# least predicted time was measured to be the fastest or within 2 %, rarely 15 %. Only their ratios matter; on
-# GPUs other than Hopper nothing was measured yet.
+# Times are microseconds, fitted to those of plans on an H100 (`bench.gpu.sweep`, `bench.gpu.linear`). Only
+# their ratios matter. Adding up between 8 blocks was measured for 16 activation rows only, and is set high for
+# others. On GPUs other than Hopper nothing was measured.
 MMA_TILES = (
-    MmaTile(8, 64, 8, 2, 98_816, start=3.9, step=0.75, busy_step=0.73, adding=(2.2, 5.0, 5.5)),
-    MmaTile(16, 128, 2, 2, 98_816, start=0.1, step=0.71, busy_step=0.52, adding=(2.5, 7.8, 8.6)),
-    MmaTile(32, 128, 2, 1, 132_096, start=1.5, step=0.93, busy_step=0.93, adding=(2.7, 11.7, 12.9)),
-    MmaTile(64, 256, 1, 1, 164_864, start=0.0, step=1.31, busy_step=1.31, adding=(6.8, 13.7, 15.1)),
+    MmaTile(8, 64, 8, 2, 98_816, start=3.5, step=0.92, busy_step=0.75, adding=(2.2, 5.0, 10.0)),
+    MmaTile(16, 128, 2, 2, 98_816, start=0.4, step=0.70, busy_step=0.52, adding=(2.5, 7.8, 14.4)),
+    MmaTile(32, 128, 2, 1, 132_096, start=1.7, step=0.93, busy_step=0.93, adding=(2.7, 11.7, 25.0)),
+    MmaTile(64, 256, 1, 1, 164_864, start=0.0, step=1.34, busy_step=1.34, adding=(5.8, 60.0, 80.0)),
 )
 WGMMA_TILES = (
-    WgmmaTile(64, 64, start=2.0, step=0.5, along_k=4),
-    WgmmaTile(128, 64, start=0.0, step=0.447),
-    WgmmaTile(128, 128, start=0.0, step=0.499),
-    WgmmaTile(128, 256, start=0.0, step=0.747),
-    WgmmaTile(256, 128, start=0.0, step=0.870),
+    WgmmaTile(128, 64, start=0.0, step=0.442),
+    WgmmaTile(128, 128, start=0.2, step=0.496),
+    WgmmaTile(128, 256, start=0.0, step=0.756),
+    WgmmaTile(256, 128, start=0.0, step=0.863),
 )
 
 # With quantizing the activations, one scale per token, in the start.
 QUANTIZED_MMA_TILES = (
-    MmaTile(8, 64, 8, 2, 86_528, start=7.3, step=0.83, busy_step=0.77, adding=(2.0, 4.8, 5.3)),
-    MmaTile(16, 128, 2, 2, 90_624, start=3.8, step=0.74, busy_step=0.51, adding=(2.7, 8.3, 9.1)),
-    MmaTile(32, 128, 2, 1, 115_712, start=5.6, step=0.87, busy_step=0.87, adding=(3.1, 12.0, 13.2)),
-    MmaTile(64, 256, 1, 1, 148_480, start=0.0, step=1.18, busy_step=1.18, adding=(9.3, 16.6, 18.3)),
+    MmaTile(8, 64, 8, 2, 86_528, start=6.9, step=1.06, busy_step=0.80, adding=(2.0, 6.0, 10.0)),
+    MmaTile(16, 128, 2, 2, 90_624, start=4.0, step=0.75, busy_step=0.51, adding=(2.9, 8.5, 19.9)),
+    MmaTile(32, 128, 2, 1, 115_712, start=5.7, step=0.87, busy_step=0.87, adding=(3.2, 12.0, 25.0)),
+    MmaTile(64, 256, 1, 1, 148_480, start=0.0, step=1.19, busy_step=1.19, adding=(9.1, 60.0, 80.0)),
 )
 QUANTIZED_WGMMA_TILES = (
-    WgmmaTile(64, 64, start=2.0, step=0.5, along_k=4),
-    WgmmaTile(128, 64, start=7.4, step=0.608),
-    WgmmaTile(128, 128, start=7.6, step=0.775),
-    WgmmaTile(128, 256, start=7.8, step=1.247),
+    WgmmaTile(128, 64, start=7.5, step=0.588),
+    WgmmaTile(128, 128, start=7.7, step=0.780),
+    WgmmaTile(128, 256, start=4.0, step=1.389),
 )
 
-# Decoding to a buffer costs 4 bytes per weight of memory traffic, however many rows follow. On Hopper it does
-# not pay: the fused kernel is as fast as cuBLAS alone at 4096 rows. mma.sync reaches about two thirds of what
-# cuBLAS does on Ampere, and a third to a half on Blackwell, whose own matrix instructions it does not use:
-# predicted from instruction counts, not measured.
+# Decoding to a buffer costs 4 bytes per weight of memory traffic, however many rows follow. Measured on an
+# H100: at 4096 rows 2 to 8 % faster than the fused kernel on four of five shapes, at 1024 a tenth slower.
+HOPPER_DECODE_FROM_ROWS = 4096
+# mma.sync reaches about two thirds of what cuBLAS does on Ampere, and a third to a half on Blackwell, whose
+# own matrix instructions it does not use: predicted from instruction counts, not measured.
 AMPERE_DECODE_FROM_ROWS = 1024
 BLACKWELL_DECODE_FROM_ROWS = 256
 # GPUs with 99 KiB of shared memory decode each weight once per 16 activation rows.
@@ -155,8 +152,7 @@ def _mma_time(m: int, n: int, k: int, tile: MmaTile, split: int, gpu: Gpu) -> fl
 def _wgmma_time(m: int, n: int, k: int, tile: WgmmaTile, columns: int, gpu: Gpu) -> float:
     """`columns` of a step."""
     tiles = ceil(n / tile.rows) * ceil(m / tile.tokens)
-    steps = ceil(ceil(k / columns) / tile.along_k)
-    return tile.start + ceil(tiles / gpu.multiprocessors) * steps * tile.step
+    return tile.start + ceil(tiles / gpu.multiprocessors) * ceil(k / columns) * tile.step
 
 
 def _fastest(
@@ -184,9 +180,9 @@ def _fastest(
     return min(times, key=times.__getitem__, default=None)
 
 
-def _decode_from_rows(gpu: Gpu) -> float:
+def _decode_from_rows(gpu: Gpu) -> int:
     if gpu.capability == HOPPER:
-        return inf
+        return HOPPER_DECODE_FROM_ROWS
     if gpu.shared_per_block < MMA_TILES[-1].shared:
         return SMALL_DECODE_FROM_ROWS
     return BLACKWELL_DECODE_FROM_ROWS if gpu.capability > HOPPER else AMPERE_DECODE_FROM_ROWS

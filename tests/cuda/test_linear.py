@@ -31,7 +31,7 @@ HALVES = (torch.bfloat16, torch.float16)
 MMA = tuple(Plan("mma", tokens=tokens, split=split) for tokens in (8, 16, 32, 64) for split in (1, 2, 4, 8))
 WGMMA = tuple(
     Plan("wgmma", rows=rows, tokens=tokens)
-    for rows, tokens in ((128, 64), (128, 128), (128, 256), (256, 128), (64, 64))
+    for rows, tokens in ((128, 64), (128, 128), (128, 256), (256, 128))
 )
 SUM_ERROR = 2.0**-22  # of the sum of magnitudes: float32 sums of a few hundred products, in blocks
 # What a GPU's tensor cores cut off a sum that they carry on, per product of 16 columns, of the same.
@@ -133,7 +133,7 @@ def test_wgmma_is_exact_but_for_the_rounding_of_weights_sums_and_output(
 @EACH_TARGET
 @pytest.mark.parametrize(
     ("plan", "rows"),
-    [(MMA[0], 1), (MMA[4], 16), (MMA[12], 150), (WGMMA[1], 100), (WGMMA[2], 300), (WGMMA[4], 150)],
+    [(MMA[0], 1), (MMA[4], 16), (MMA[12], 150), (WGMMA[1], 100), (WGMMA[2], 300)],
     ids=str,
 )
 def test_many_tiles_per_block(plan: Plan, rows: int, target: Target) -> None:
@@ -313,8 +313,8 @@ def test_bad_arguments_are_named() -> None:
             run(Plan("mma", tokens=24))
         with pytest.raises(ValueError, match="split: expected 1, 2, 4 or 8, got 3"):
             run(Plan("mma", tokens=8, split=3))
-        with pytest.raises(ValueError, match="rows, tokens: expected 64, 64"):
-            run(Plan("wgmma", rows=64, tokens=128))
+        with pytest.raises(ValueError, match="rows, tokens: expected 128, 64"):
+            run(Plan("wgmma", rows=64, tokens=64))
         with pytest.raises(ValueError, match="type: expected float16 or bfloat16 activations"):
             run(Plan("mma", tokens=8), x.float())
         with pytest.raises(ValueError, match=r"codes: expected shape \(8, 4, 512\), got \(8, 3, 512\)"):

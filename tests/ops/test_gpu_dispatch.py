@@ -54,7 +54,7 @@ def test_every_choice_can_run(m: int, n: int, k: int, dtype: torch.dtype, gpu: G
         (64, (4096, 4096), Plan("mma", tokens=32, split=2)),
         (128, (14336, 4096), Plan("wgmma", rows=128, tokens=128)),
         (128, (28672, 8192), Plan("wgmma", rows=256, tokens=128)),
-        (4096, (14336, 4096), Plan("wgmma", rows=128, tokens=256)),
+        (1024, (14336, 4096), Plan("wgmma", rows=128, tokens=256)),
     ],
     ids=str,
 )
@@ -76,8 +76,9 @@ def test_small_matrices_fill_the_gpu(m: int, gpu: Gpu) -> None:
 
 
 def test_many_rows_take_wgmma_on_hopper_and_decoding_elsewhere() -> None:
-    for m in (128, 256, 4096, 10**5):
+    for m in (128, 256, 1024):
         assert choose_linear(m, 4096, 4096, torch.float16, H200).kernel == "wgmma"
+    assert choose_linear(4096, 4096, 4096, torch.float16, H200).kernel == "decode"
     assert choose_linear(100, 4096, 4096, torch.float16, A100).kernel == "mma"
     for gpu in (A100, RTX4090, B200):
         assert choose_linear(4096, 4096, 4096, torch.float16, gpu).kernel == "decode"
