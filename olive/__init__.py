@@ -15,6 +15,7 @@ from olive.hf.register import register_when_imported
 
 if TYPE_CHECKING:
     from olive.config import QuantConfig as QuantConfig
+    from olive.ptq.synthetic import synthetic_windows as synthetic_windows
     from olive.ptq.windows import calibration_windows as calibration_windows
     from olive.quantization import dequantize as dequantize
     from olive.quantization import quantize as quantize
@@ -28,8 +29,17 @@ _PUBLIC = {
     "dequantize": "olive.quantization",
     "quantize": "olive.quantization",
     "report": "olive.reports",
+    "synthetic_windows": "olive.ptq.synthetic",
 }
-__all__ = ["QuantConfig", "__version__", "calibration_windows", "dequantize", "quantize", "report"]
+__all__ = [
+    "QuantConfig",
+    "__version__",
+    "calibration_windows",
+    "dequantize",
+    "quantize",
+    "report",
+    "synthetic_windows",
+]
 __getattr__, __dir__ = lazy_attributes(__name__, _PUBLIC)
 
 register_when_imported()

@@ -95,8 +95,8 @@ class WgmmaTile:
 
 
 # Times are microseconds, fitted to those of plans on an H100 (`bench.gpu.sweep`, `bench.gpu.linear`). Only
-# their ratios matter. Adding up between 8 blocks was measured for 16 activation rows only, and is set high for
-# others. On GPUs other than Hopper nothing was measured.
+# their ratios matter. Adding up between 8 blocks was measured for 16 activation rows only, and is set high
+# for others. On GPUs other than Hopper nothing was measured.
 MMA_TILES = (
     MmaTile(8, 64, 8, 2, 98_816, start=3.5, step=0.92, busy_step=0.75, adding=(2.2, 5.0, 10.0)),
     MmaTile(16, 128, 2, 2, 98_816, start=0.4, step=0.70, busy_step=0.52, adding=(2.5, 7.8, 14.4)),

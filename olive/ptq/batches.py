@@ -154,7 +154,7 @@ def _tokenized(model: nn.Module, tokenizer: Any, text: str) -> dict[str, Any] | 
     encoded = tokenizer(text, return_tensors="pt", **more)
     if not encoded["input_ids"].numel():
         return None
-    largest, vocabulary = int(encoded["input_ids"].max()), _vocabulary_of(model)
+    largest, vocabulary = int(encoded["input_ids"].max()), vocabulary_of(model)
     if vocabulary is not None and largest >= vocabulary:
         raise ValueError(
             f"tokenizer: expected the model's own, whose {vocabulary} tokens it embeds, got one that gives "
@@ -164,7 +164,7 @@ def _tokenized(model: nn.Module, tokenizer: Any, text: str) -> dict[str, Any] | 
     return {key: value for key, value in encoded.items() if key in known}
 
 
-def _vocabulary_of(model: nn.Module) -> int | None:
+def vocabulary_of(model: nn.Module) -> int | None:
     """How many tokens the model embeds; None if it does not say."""
     getter = getattr(model, "get_input_embeddings", None)
     try:
