@@ -6,7 +6,7 @@
 #              are installed
 # make gpu     build in place for this machine's GPU, run the GPU tests and benches: figures into
 #              bench/results/<gpu>.csv, a table at the end. With a Python that has a CUDA Torch, pybind11, pytest and
-#              transformers (GPU_PYTHON=...); CMake and nvcc on PATH. Nothing is downloaded; about 6 minutes
+#              transformers (GPU_PYTHON=...); CMake and nvcc on PATH. Nothing is downloaded; about 7 minutes
 # make lint    ruff, mypy, clang-format
 # make wheel   the wheel, in dist/
 # Needs Linux, Python 3.11 or 3.12, GCC 11 or newer and git. Everything else is installed into .venv.

@@ -159,6 +159,8 @@ def main(
         for method in compared:
             if method.rotates and not isinstance(subject, Causal):
                 continue
+            if method.calibrates_itself and isinstance(subject, DrawnLayers):
+                continue
             start = time.perf_counter()
             keep(rows_of(method, subject))
             log.print(f"{subject.data}: {method.title}, {time.perf_counter() - start:.0f} s", highlight=False)

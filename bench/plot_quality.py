@@ -26,7 +26,7 @@ PANELS = (  # metric, data, title
     ("output error", T4, "drawn weights, Student-t(4), real inputs: error of the output"),
 )
 OVP_COLOUR, OTHER_COLOUR = "#3f7d20", "#a03020"
-MARKERS = {"none": "o", "importance": "D"}  # all others are GPTQ
+MARKERS = {"none": "o", "importance": "D", "importance, own text": "D"}  # all others are GPTQ
 GPTQ_MARKER = "s"
 SPLIT = 4.2  # bits; labels of what is left of it stand on the left
 LABEL_STEP = 0.03  # of a panel's height, between labels
@@ -109,8 +109,10 @@ def draw_panel(axis: Any, lines: list[Line], metric: str, data: str, title: str)
 def plot(source: Path, target: Path) -> None:
     """One panel for each kind of data."""
     rows = read_rows(source)
-    # "auto" is the best of the other codebooks on each tensor: its points lie on theirs, or nearly.
-    lines = [line for line in lines_of(rows) if line.format != "OVP auto"]
+    # Points of "auto" lie on those of the best of the other codebooks, points of rotated models beside theirs.
+    lines = [
+        line for line in lines_of(rows) if line.format != "OVP auto" and not line.format.endswith("rotated")
+    ]
     figure, axes = plt.subplots(2, 2, figsize=(17, 15))
     for axis, (metric, data, title) in zip(axes.flat, PANELS, strict=True):
         draw_panel(axis, lines, metric, data, title)

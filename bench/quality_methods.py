@@ -14,6 +14,7 @@ from dataclasses import dataclass, replace
 from functools import partial
 from typing import NamedTuple
 
+import torch
 from torch import Tensor, nn
 
 import olive
@@ -26,8 +27,11 @@ from olive.ptq.moments import SecondMoment
 from olive.ptq.parameter import quantize_parameter
 
 NO_DATA, IMPORTANCE, GPTQ, GPTQ_ORDERED = "none", "importance", "GPTQ", "GPTQ, activation order"
+# The same on text that the model wrote itself, or random tokens: `olive.synthetic_windows`.
+OWN_IMPORTANCE, OWN_GPTQ = "importance, own text", "GPTQ, own text"
 OWN = "own definition"  # written here from the definition, for want of the package or beside it
 OLIVE = "olive"
+AT_ONCE = 8  # windows of own text in a batch
 PAPER = replace(
     olive.presets.paper_w4a4(), activations=None, activation_group_size=-1, activation_codebook="int4"
 )
@@ -63,7 +67,7 @@ class Method(ABC):
     Args:
         format: its name.
         calibration: what data do: "none", "importance" (errors are weighed by what reaches each column),
-            "GPTQ", or "GPTQ, activation order".
+            "GPTQ", or "GPTQ, activation order"; "own text" where they are made by the model.
         implementation: "olive", "own definition", or a package with its version.
         group_size: columns that share a scale; -1 per channel.
     """
@@ -83,8 +87,13 @@ class Method(ABC):
 
     @property
     def rotates(self) -> bool:
-        """Whether the model is rotated first: only whole Llama-like models can be, and weights are others."""
+        """Whether the model is rotated first: only Llama-like ones can be, and weights are others then."""
         return False
+
+    @property
+    def calibrates_itself(self) -> bool:
+        """Whether it takes a model to make its own data."""
+        return self.calibration in (OWN_IMPORTANCE, OWN_GPTQ)
 
     @abstractmethod
     def quantize(self, model: nn.Module, batches: list[Batch], skip: tuple[str, ...] = SKIP) -> Quantized:
@@ -109,7 +118,9 @@ class OVP(Method):
     def quantize(self, model: nn.Module, batches: list[Batch], skip: tuple[str, ...] = SKIP) -> Quantized:
         """As in the base class."""
         quantized = copy.deepcopy(model)
-        data = None if self.calibration == NO_DATA else batches
+        data: list[Batch] | None = None if self.calibration == NO_DATA else batches
+        if self.calibrates_itself:
+            data = list(torch.cat(olive.synthetic_windows(model)).split(AT_ONCE))
         olive.quantize(quantized, replace(self.config, skip=skip), calibration=data, progress=False)
         bits = olive.report(quantized).bits_per_weight
         decoded = olive.dequantize(copy.deepcopy(quantized))
@@ -183,11 +194,17 @@ def _ovp_methods() -> list[Method]:
         ]
         if codebook in ("adaptive", "learned"):
             found += [
-                OVP(f"OVP {codebook}, rotated", calibration, OLIVE, config.group_size, config)
-                for calibration, config in (
-                    (NO_DATA, replace(search, rotate=True)),
-                    (GPTQ, replace(gptq, rotate=True)),
-                )
+                *(
+                    OVP(f"OVP {codebook}", calibration, OLIVE, config.group_size, config)
+                    for calibration, config in ((OWN_IMPORTANCE, search), (OWN_GPTQ, gptq))
+                ),
+                *(
+                    OVP(f"OVP {codebook}, rotated", calibration, OLIVE, config.group_size, config)
+                    for calibration, config in (
+                        (NO_DATA, replace(search, rotate=True)),
+                        (GPTQ, replace(gptq, rotate=True)),
+                    )
+                ),
             ]
     return found
 

@@ -57,6 +57,8 @@ README_LEAVES_OUT = (
 )
 SECTIONS = (  # values of the column `calibration`, their title
     (("none",), "no data"),
+    (("importance, own text",), "importance, own text"),
+    (("GPTQ, own text",), "GPTQ, own text"),
     (("importance",), "importance"),
     (("GPTQ", "GPTQ, activation order", "GPTQ, searched grids"), "GPTQ"),
 )

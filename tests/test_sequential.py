@@ -13,6 +13,7 @@ import olive
 from olive.nn import OVPExperts, OVPLinear
 from olive.ptq import parameter as parameters
 from olive.ptq.gptq import compensate
+from olive.ptq.moments import Drift
 from olive.walk import walk
 from tests import models
 from tests.test_quantize import assert_untouched, snapshot
@@ -196,9 +197,9 @@ def test_better_than_the_search_on_the_output() -> None:
 def test_layers_are_given_what_the_float_model_has(monkeypatch: pytest.MonkeyPatch) -> None:
     drifts: list[Tensor] = []
 
-    def noted(*args: Any, drift: Tensor | None = None, **kwargs: Any) -> Any:
+    def noted(*args: Any, drift: Drift | None = None, **kwargs: Any) -> Any:
         assert drift is not None
-        drifts.append(drift)
+        drifts.append(drift.products)
         return compensate(*args, drift=drift, **kwargs)
 
     monkeypatch.setattr(parameters, "compensate", noted)

@@ -26,9 +26,11 @@ from olive.formats.codebooks import Codebook
 from olive.formats.layout import PER_CHANNEL, expand_scale, pad_columns, scale_shape
 from olive.formats.scales import pack_scale, unpack_scale
 from olive.ptq.grids import search_grids
+from olive.ptq.moments import Drift
 
 BLOCK = 128  # columns after which all later ones are updated at once; a multiple of every group size
 MAX_DAMPING = 1.0  # of the mean of H's diagonal; beyond it nothing is left to compensate with
+CORRELATED = 2.0  # rows that say as much as one that stood alone: tokens of a text resemble their neighbours
 MULTIPLES = (1.0, 0.94, 1.06)  # of the scale that the search finds for a group, tried with compensation
 
 
@@ -49,7 +51,7 @@ def compensate(
     *,
     damping: float = 0.01,
     activation_order: bool = False,
-    drift: Tensor | None = None,
+    drift: Drift | None = None,
 ) -> Compensated:
     """Quantize one weight to 4 bits, with the errors of each column made up for by the later ones.
 
@@ -67,9 +69,9 @@ def compensate(
         damping: added to H's diagonal, in units of its mean; ten times as much, and again, where H is
             singular all the same.
         activation_order: pairs with the largest inputs first.
-        drift: float32 [K, K], sum of (z - x) x^T over the same inputs x, z what the float model has in their
-            place. What is quantized is then the weight whose outputs on x are nearest to the float weight's
-            on z: it makes up for what the layers before left as well.
+        drift: of the same inputs. What is quantized is then the weight whose outputs on them are nearest to
+            the float weight's on what the float model has in their place: it makes up for what the layers
+            before left as well, as far as the data show that (`_trust`).
 
     Raises:
         ValueError: H is zero, not finite, or singular even with a damping of 1.
@@ -92,8 +94,11 @@ def compensate(
         by_pair = expand_scale(scale, rows, columns, group_size)[:, order][:, 0::2]
     values = values[:, order]
     if drift is not None:
-        padded = torch.nn.functional.pad(drift.float(), (0, width - columns, 0, width - columns))
-        values = values + values @ padded[order][:, order] @ factor.T @ factor  # H^-1 = U^T U
+        padded = torch.nn.functional.pad(drift.products.float(), (0, width - columns, 0, width - columns))
+        explained = padded[order][:, order] @ factor.T  # D U^T, of D H^-1 = D U^T U
+        trust = _trust(drift, float(explained.square().sum(dtype=torch.float64)), columns)
+        if trust > 0:
+            values = values + trust * (values @ explained @ factor)
     codes = torch.empty((rows, width // 2), dtype=torch.uint8, device=values.device)
     loss = 0.0
     for start in range(0, width, BLOCK):
@@ -118,6 +123,19 @@ def compensate(
     natural = torch.empty_like(codes)
     natural[:, order[0::2] // 2] = codes
     return Compensated(natural, scale, loss / energy if energy else 0.0, used)
+
+
+def _trust(drift: Drift, explained: float, columns: int) -> float:
+    """The part, 0 to 1, of what inputs explain of their drift that is no accident of the sample.
+
+    With n rows, K columns explain K / n of anything, related to them or not, and leave the rest. So what is
+    left tells how much of what is explained that is: the James-Stein estimator, its positive part.
+    """
+    share = columns * CORRELATED / drift.rows
+    if share >= 1 or explained <= 0:
+        return 0.0
+    accident = share / (1 - share) * max(drift.energy - explained, 0.0)
+    return max(0.0, 1 - accident / explained)
 
 
 class _Swept(NamedTuple):

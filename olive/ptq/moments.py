@@ -80,22 +80,42 @@ def _with_products(total: Tensor | None, left: Tensor, right: Tensor) -> Tensor:
 
 
 @dataclass(frozen=True)
+class Drift:
+    """How far inputs x are from z, what the float model has in their place.
+
+    Args:
+        products: sum of (z - x) x^T, float32 [K, K].
+        energy: sum of |z - x|^2.
+        rows: how many there were.
+    """
+
+    products: Tensor
+    energy: float
+    rows: int
+
+
+@dataclass(frozen=True)
 class SecondMoment(Moment):
     """H, the sum of x x^T: float32 [K, K], on the inputs' device.
 
     Args:
-        drift: sum of (z - x) x^T, z what the float model has in the place of x; None = nobody looked.
+        drift: of the inputs; None = nobody looked.
     """
 
-    drift: Tensor | None = None
+    drift: Drift | None = None
 
     def _plus(self, rows: Tensor) -> Tensor:
         return _with_products(self.total, rows, rows)
 
     def updated_beside(self, rows: Tensor, floats: Tensor) -> SecondMoment:
         """With more rows [T, K], and what the float model has in their place."""
-        rows = rows.detach()
-        drift = _with_products(self.drift, floats.detach().float() - rows.float(), rows)
+        rows, known = rows.detach(), self.drift
+        away = floats.detach().float() - rows.float()
+        drift = Drift(
+            _with_products(None if known is None else known.products, away, rows),
+            float(away.square().sum(dtype=torch.float64)) + (0.0 if known is None else known.energy),
+            len(rows) + (0 if known is None else known.rows),
+        )
         return SecondMoment(self._plus(rows), self.seen + len(rows), drift)
 
     def energy(self) -> Tensor:

@@ -15,6 +15,7 @@ from olive.formats.codebooks import Codebook
 from olive.formats.ovp4 import level_tables
 from olive.ptq import gptq, quantize_weight
 from olive.ptq.gptq import compensate
+from olive.ptq.moments import Drift
 
 
 def _inputs(rows: int, columns: int, seed: int = 0) -> Tensor:
@@ -157,12 +158,16 @@ def test_damping_grows_where_it_has_to() -> None:
     assert 0.05 < found.damping <= 1
 
 
+def _drift(z: Tensor, x: Tensor) -> Drift:
+    return Drift((z - x).T @ x, float((z - x).square().sum()), len(x))
+
+
 @pytest.mark.parametrize("order", [False, True])
 @pytest.mark.parametrize("columns", [64, 37])
 def test_makes_up_for_what_the_inputs_lost(order: bool, columns: int) -> None:
     weight, z, book = _weight(16, columns), _inputs(600, columns), CODEBOOKS["adaptive"]
     x = z + 0.2 * z.roll(1, 1) + 0.05 * torch.randn(z.shape, generator=torch.Generator().manual_seed(9))
-    h, drift = x.T @ x, (z - x).T @ x
+    h, drift = x.T @ x, _drift(z, x)
     errors = []
     for known in (None, drift):
         found = compensate(weight, h, book, 32, activation_order=order, drift=known)
@@ -176,13 +181,32 @@ def test_the_weight_that_is_quantized_is_the_nearest_on_the_new_inputs() -> None
     h = (x.T @ x).double()
     damped = h + 0.01 * h.diagonal().mean() * torch.eye(16, dtype=torch.float64)
     best = weight + weight.double() @ ((z - x).T @ x).double() @ torch.linalg.inv(damped)
-    one = compensate(weight, h.float(), CODEBOOKS["nf4"], -1, drift=(z - x).T @ x)
+    one = compensate(weight, h.float(), CODEBOOKS["nf4"], -1, drift=_drift(z, x))
     other = compensate(best.float(), h.float(), CODEBOOKS["nf4"], -1)
     decoded = [ovp4_decode(found.codes, found.scale, CODEBOOKS["nf4"], 16, -1) for found in (one, other)]
     losses = [float(((d - best) @ damped * (d - best)).sum()) for d in decoded]
     assert losses[0] == pytest.approx(
         losses[1], rel=0.2
     )  # scales are chosen from one weight and from the other
+
+
+@pytest.mark.parametrize("rows", [100, 1000])
+@pytest.mark.parametrize("related", [False, True])
+def test_of_the_drift_only_what_is_no_accident_is_made_up_for(rows: int, related: bool) -> None:
+    weight, book, inputs = _weight(16, 64), CODEBOOKS["adaptive"], _inputs(rows + 2000, 64)
+    drift = 0.2 * inputs.roll(1, 1) if related else torch.zeros_like(inputs)
+    noise = 0.3 * inputs.std() * torch.randn(rows, 64, generator=torch.Generator().manual_seed(11))
+    x, z = inputs[:rows], inputs[:rows] + drift[:rows] + noise
+    new, wanted = inputs[rows:], weight @ (inputs[rows:] + drift[rows:]).T
+    errors = []
+    for known in (None, _drift(z, x)):
+        found = compensate(weight, x.T @ x, book, 32, drift=known)
+        errors.append(float((_decoded(weight, found, book, 32) @ new.T - wanted).square().sum()))
+    # 64 columns explain most of 100 rows of anything: nothing of it is believed.
+    if rows == 100:
+        assert errors[1] == errors[0]
+    else:
+        assert errors[1] < (0.5 if related else 1.05) * errors[0]
 
 
 @pytest.mark.parametrize("value", [0.0, math.nan, math.inf, -1.0])

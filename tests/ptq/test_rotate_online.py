@@ -280,7 +280,7 @@ def test_moments_and_samples_are_of_the_rotated_input() -> None:
         if isinstance(found, SecondMoment):
             assert found.total is not None and found.drift is not None
             assert torch.allclose(found.total, turned.T @ turned, atol=1e-4)
-            assert torch.allclose(found.drift, (beside - turned).T @ turned, atol=1e-4)
+            assert torch.allclose(found.drift.products, (beside - turned).T @ turned, atol=1e-4)
         else:
             assert torch.allclose(found.energy().float(), turned.square().sum(0), rtol=1e-5)
 
