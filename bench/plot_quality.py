@@ -109,7 +109,7 @@ def draw_panel(axis: Any, lines: list[Line], metric: str, data: str, title: str)
 def plot(source: Path, target: Path) -> None:
     """One panel for each kind of data."""
     rows = read_rows(source)
-    # Points of "auto" lie on those of the best of the other codebooks, points of rotated models beside theirs.
+    # Points of "auto" lie on those of the best of the other codebooks, those of rotated models beside.
     lines = [
         line for line in lines_of(rows) if line.format != "OVP auto" and not line.format.endswith("rotated")
     ]

@@ -47,7 +47,7 @@ def quantize(
         str, typer.Option(help="Of ovp4: int4, flint4, nf4 or adaptive.")
     ] = "int4",
     method: Annotated[
-        str, typer.Option(help="search; gptq makes up for errors, and needs --calibration.")
+        str, typer.Option(help="search; gptq makes up for errors, and needs --calibration or --synthetic.")
     ] = "search",
     rotate: Annotated[
         bool, typer.Option(help="Spread outliers over all channels; Llama-like models.")
@@ -59,6 +59,9 @@ def quantize(
         Path | None,
         typer.Option(help="Text file; the model is then loaded whole.", dir_okay=False, exists=True),
     ] = None,
+    synthetic: Annotated[
+        bool, typer.Option(help="Calibrate on text that the model writes itself; it is then loaded whole.")
+    ] = False,
     window: Annotated[int, typer.Option(help="Tokens per window of the calibration text.")] = 2048,
     windows: Annotated[int, typer.Option(help="Windows of it, at most.")] = 128,
     dtype: Annotated[str, typer.Option(help="auto, float32, bfloat16 or float16.")] = "auto",
@@ -80,10 +83,13 @@ def quantize(
         )
     except ValueError as error:
         raise typer.BadParameter(str(error)) from error
-    if config.needs_calibration and calibration is None:
+    if config.needs_calibration and calibration is None and not synthetic:
         raise typer.BadParameter(
-            f"expected a text file for {config.needs_calibration}, got none", param_hint="--calibration"
+            f"expected a text file for {config.needs_calibration}, got none; or use --synthetic",
+            param_hint="--calibration",
         )
+    if calibration is not None and synthetic:
+        raise typer.BadParameter("expected no --calibration beside it, got both", param_hint="--synthetic")
     if output.exists():
         raise typer.BadParameter(
             f"expected a folder that does not exist yet, got {output}", param_hint="output"
@@ -92,11 +98,11 @@ def quantize(
         from transformers import AutoModelForCausalLM, AutoTokenizer
     except ImportError as error:
         raise RuntimeError("transformers: expected to be installed; `pip install olive-quant[hf]`") from error
-    if calibration is None and not rotate:
+    if calibration is None and not synthetic and not rotate:
         loaded = AutoModelForCausalLM.from_pretrained(model, quantization_config=config, dtype=dtype)
     else:
         loaded = AutoModelForCausalLM.from_pretrained(model, dtype=dtype)
-        data = None
+        data = olive.synthetic_windows(loaded) if synthetic else None
         if calibration is not None:
             tokenizer = AutoTokenizer.from_pretrained(model)
             data = olive.calibration_windows(calibration.read_text(), tokenizer, window=window, count=windows)

@@ -126,6 +126,18 @@ def test_quantize_with_online_rotation(model_path, tmp_path, monkeypatch):
     assert loaded.model.layers[0].mlp.down_proj.input_rotation == 256
 
 
+def test_quantize_on_what_the_model_writes(model_path, tmp_path, monkeypatch):
+    monkeypatch.setattr("olive.ptq.synthetic.TOKENS", 256)
+    monkeypatch.setattr("olive.ptq.grids.PAIR_GRID", (0.6, 0.9))
+    monkeypatch.setattr("olive.ptq.gptq.MULTIPLES", (1.0,))
+    out = tmp_path / "quantized"
+    options = ["--method", "gptq", "--codebook", "int4", "--synthetic"]
+    result = CliRunner().invoke(app, ["quantize", model_path, str(out), *options])
+    assert result.exit_code == 0, result.output
+    loaded = transformers.AutoModelForCausalLM.from_pretrained(out)
+    assert loaded.config.quantization_config.quant.method == "gptq"
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
@@ -137,6 +149,7 @@ def test_quantize_with_online_rotation(model_path, tmp_path, monkeypatch):
         ),
         (["--method", "gptq"], "expected a text file for method 'gptq', got none"),
         (["--calibration", "no_such_file"], "no_such_file"),
+        (["--calibration", __file__, "--synthetic"], "expected no --calibration beside it, got both"),
         (["--activation-codebook", "nf4"], "activation_codebook: expected 'int4' unless"),
     ],
 )
