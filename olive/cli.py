@@ -62,8 +62,12 @@ def quantize(
     synthetic: Annotated[
         bool, typer.Option(help="Calibrate on text that the model writes itself; it is then loaded whole.")
     ] = False,
-    window: Annotated[int, typer.Option(help="Tokens per window of the calibration text.")] = 2048,
-    windows: Annotated[int, typer.Option(help="Windows of it, at most.")] = 128,
+    window: Annotated[
+        int | None, typer.Option(help="Tokens per window; 2048 of a text, 256 of the model's own.", min=1)
+    ] = None,
+    windows: Annotated[
+        int | None, typer.Option(help="How many; at most 128 of a text, 64 of the model's own.", min=1)
+    ] = None,
     dtype: Annotated[str, typer.Option(help="auto, float32, bfloat16 or float16.")] = "auto",
 ) -> None:
     """Quantize a checkpoint, while it is loaded where that can be, and save it with its tokenizer."""
@@ -90,6 +94,8 @@ def quantize(
         )
     if calibration is not None and synthetic:
         raise typer.BadParameter("expected no --calibration beside it, got both", param_hint="--synthetic")
+    if calibration is None and not synthetic and (window or windows):
+        raise typer.BadParameter("expected --calibration or --synthetic as well", param_hint="--window(s)")
     if output.exists():
         raise typer.BadParameter(
             f"expected a folder that does not exist yet, got {output}", param_hint="output"
@@ -102,10 +108,11 @@ def quantize(
         loaded = AutoModelForCausalLM.from_pretrained(model, quantization_config=config, dtype=dtype)
     else:
         loaded = AutoModelForCausalLM.from_pretrained(model, dtype=dtype)
-        data = olive.synthetic_windows(loaded) if synthetic else None
+        data = olive.synthetic_windows(loaded, window=window, count=windows) if synthetic else None
         if calibration is not None:
             tokenizer = AutoTokenizer.from_pretrained(model)
-            data = olive.calibration_windows(calibration.read_text(), tokenizer, window=window, count=windows)
+            text = calibration.read_text()
+            data = olive.calibration_windows(text, tokenizer, window=window or 2048, count=windows or 128)
         olive.quantize(loaded, config, calibration=data)
     print(olive.report(loaded).table())
     loaded.save_pretrained(output)

@@ -4,7 +4,7 @@ A model is cut into units: the members of its module lists that hold something t
 say), and single layers outside of them. Units are taken in the order in which they run. Inside a unit,
 layers that are given one and the same tensor (q, k and v) are one stage: moments of their inputs are
 gathered, they are quantized and exchanged, and the next stage sees their outputs. So memory beyond the model
-is that of one unit's second moments and of the unit's inputs on all calibration data.
+is that of one unit's second moments, of the unit's inputs on all calibration data, and of the packed weights.
 
 A unit whose first input is what the unit before it returned is run on that, with the other arguments that it
 was given once by the float model (masks, position embeddings). For any other unit the model runs up to it.

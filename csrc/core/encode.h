@@ -1,5 +1,5 @@
-// Encoding of one pair with a scale given, for host and device: docs/format.md, section 7, to the last bit. Compile
-// it without contraction.
+// Encoding of one pair with a scale given, for host and device: docs/format.md, section 7, to the last bit where it is
+// compiled without contraction.
 //
 // Levels are integers, so the thresholds between them are multiples of 1/2, and t > h / 2 holds for an integer h
 // exactly where ceil(2 t) > h: a table indexed by ceil(2 t) holds the nearest level of every t, ties included. One

@@ -1,11 +1,12 @@
 // Rounds a run of columns with error compensation: a thread takes a row, a block of one warp 32 of them.
 //
 // The definition is olive/ops/compensate.py. Sums are fused here and not there, so the last bits differ, and with them
-// now and then a code whose value lay on a threshold.
+// now and then a code whose value lay on a threshold. Beside a value that is a level exactly, another neighbour is
+// tried.
 //
-// Every pair waits for the one before it. A warp takes some 800 clocks for a pair's five candidates, and 5 instructions
-// for each column that it moves: 64 pairs of 128 columns in about 75,000 clocks, 45 microseconds, whatever N is up to
-// the 15,000 rows that an H100 has schedulers for. Rows lie side by side in shared memory, so that a warp's accesses
+// Every pair waits for the one before it. Counted: a warp takes some 800 clocks for a pair's four candidates, and 5
+// instructions for each column that it moves: 64 pairs of 128 columns in about 75,000 clocks, whatever N is up to the
+// 16,896 rows that an H100 has schedulers for. Rows lie side by side in shared memory, so that a warp's accesses
 // never meet in a bank; the factor is the same for all of them and comes from the first-level cache.
 #include "core/encode.h"
 #include "cuda/api.h"

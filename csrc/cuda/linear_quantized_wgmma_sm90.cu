@@ -188,7 +188,7 @@ __device__ __forceinline__ void write_tile(const Problem& problem, const typenam
     } else {
       value[c] = sum[c];
     }
-    if constexpr (S::kScaling != Scaling::kByBoth) value[c] = __fmul_rn(value[c], __ldg(scale_x + c / 4 * 8 + c % 2));
+    if constexpr (S::kScaling != Scaling::kByBoth) value[c] = __fmul_rn(value[c], scale_x[c / 4 * 8 + c % 2]);
     value[c] = __fadd_rn(value[c], bias[c / 2 % 2]);
   }
   if (problem.out_type == Float::f32) {  // eight neighbours at a time fill sectors of 32 bytes

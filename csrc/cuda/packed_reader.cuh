@@ -43,7 +43,7 @@ struct PackedReader {
     return {codes + row * column_tiles * 32 + lane, scales + row * groups * 8 + lane / 4};
   }
 
-  // Has kRowTiles tiles below each other brought to L2, with their scales: five sectors' addresses a tile, by a warp.
+  // Has kRowTiles tiles below each other brought to L2, with their scales: five lines of 128 bytes a tile, by a warp.
   template <int kRowTiles>
   __device__ void prefetch_tiles(const TileRows& rows, int column_tile, int lane) const {
     static_assert(kRowTiles * 5 <= 32, "a lane each");
@@ -53,7 +53,7 @@ struct PackedReader {
     if (part < 4) {
       prefetch(from.codes - lane + column_tile * 32 + part * 8);
     } else {
-      prefetch(from.scales - lane / 4 + (column_tile >> group_shift) * 8);
+      prefetch(from.scales - lane / 4 + (2 * column_tile >> half_shift) * 8);
     }
   }
 

@@ -186,7 +186,7 @@ __device__ __forceinline__ void cluster_sync() {
   asm volatile("barrier.cluster.arrive.release;\nbarrier.cluster.wait.acquire;" ::: "memory");
 }
 
-// The same, but what they wrote may not be seen yet: no fence, which takes a microsecond.
+// The same without a fence: what they wrote may not be seen yet, and only reads whose values were used are over.
 __device__ __forceinline__ void cluster_meet() {
   asm volatile("barrier.cluster.arrive.relaxed;\nbarrier.cluster.wait;" ::: "memory");
 }

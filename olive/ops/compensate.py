@@ -1,7 +1,7 @@
 """`ovp_compensate`: round columns to outlier-victim pairs, each pair making up for the ones before it.
 
-The schema, its checks, and the definition in plain PyTorch, which also serves GPUs. The CPU kernel
-(`csrc/cpu/compensate.inl`) fuses sums, so its last bits differ, and now and then a code on a threshold.
+The schema, its checks, and the definition in plain PyTorch. The kernels (`csrc/cpu/compensate.inl`,
+`csrc/cuda/compensate.cu`) fuse sums, so their last bits differ, and now and then a code on a threshold.
 """
 
 from __future__ import annotations
@@ -129,10 +129,9 @@ def ovp_compensate_reference(
     With U the factor, rounding column j to q costs e_j^2 with e_j = (w_j - q) / U[j, j], and every later
     column k moves by -e_j U[j, k]. Under the pair rule the columns 2 j and 2 j + 1 are one decision: of
     (normal, normal), (outlier, victim) and (victim, outlier) the one of least e_even^2 + e_odd^2, each at
-    its best
-    codes: an even normal is one of the two levels around its value; an even outlier is the nearest to the
-    value that loses least once its victim is counted. Plain pairs take their nearest levels one after the
-    other.
+    its best codes: an even normal is one of the two levels around its value; an even outlier is the nearest
+    to the value that loses least once its victim is counted. Plain pairs take their nearest levels one after
+    the other.
 
     Args:
         values: float32 [R, n], finite, n even.

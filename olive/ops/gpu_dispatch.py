@@ -99,28 +99,28 @@ class WgmmaTile:
 # for others. On GPUs other than Hopper nothing was measured.
 MMA_TILES = (
     MmaTile(8, 64, 8, 2, 98_816, start=3.5, step=0.92, busy_step=0.75, adding=(2.2, 5.0, 10.0)),
-    MmaTile(16, 128, 2, 2, 98_816, start=0.4, step=0.70, busy_step=0.52, adding=(2.5, 7.8, 14.4)),
-    MmaTile(32, 128, 2, 1, 132_096, start=1.7, step=0.93, busy_step=0.93, adding=(2.7, 11.7, 25.0)),
-    MmaTile(64, 256, 1, 1, 164_864, start=0.0, step=1.34, busy_step=1.34, adding=(5.8, 60.0, 80.0)),
+    MmaTile(16, 128, 2, 2, 98_816, start=2.0, step=0.68, busy_step=0.52, adding=(2.5, 7.8, 14.4)),
+    MmaTile(32, 128, 2, 1, 132_096, start=2.0, step=0.93, busy_step=0.93, adding=(2.7, 11.7, 25.0)),
+    MmaTile(64, 256, 1, 1, 164_864, start=2.0, step=1.34, busy_step=1.34, adding=(5.8, 60.0, 80.0)),
 )
 WGMMA_TILES = (
-    WgmmaTile(128, 64, start=0.0, step=0.442),
-    WgmmaTile(128, 128, start=0.2, step=0.496),
-    WgmmaTile(128, 256, start=0.0, step=0.756),
-    WgmmaTile(256, 128, start=0.0, step=0.863),
+    WgmmaTile(128, 64, start=2.0, step=0.430),
+    WgmmaTile(128, 128, start=2.0, step=0.485),
+    WgmmaTile(128, 256, start=2.0, step=0.750),
+    WgmmaTile(256, 128, start=2.0, step=0.855),
 )
 
 # With quantizing the activations, one scale per token, in the start.
 QUANTIZED_MMA_TILES = (
     MmaTile(8, 64, 8, 2, 86_528, start=6.9, step=1.06, busy_step=0.80, adding=(2.0, 6.0, 10.0)),
-    MmaTile(16, 128, 2, 2, 90_624, start=4.0, step=0.75, busy_step=0.51, adding=(2.9, 8.5, 19.9)),
+    MmaTile(16, 128, 2, 2, 90_624, start=6.0, step=0.70, busy_step=0.51, adding=(2.9, 8.5, 19.9)),
     MmaTile(32, 128, 2, 1, 115_712, start=5.7, step=0.87, busy_step=0.87, adding=(3.2, 12.0, 25.0)),
-    MmaTile(64, 256, 1, 1, 148_480, start=0.0, step=1.19, busy_step=1.19, adding=(9.1, 60.0, 80.0)),
+    MmaTile(64, 256, 1, 1, 148_480, start=6.0, step=1.15, busy_step=1.19, adding=(9.1, 60.0, 80.0)),
 )
 QUANTIZED_WGMMA_TILES = (
     WgmmaTile(128, 64, start=7.5, step=0.588),
     WgmmaTile(128, 128, start=7.7, step=0.780),
-    WgmmaTile(128, 256, start=4.0, step=1.389),
+    WgmmaTile(128, 256, start=7.5, step=1.360),
 )
 
 # Decoding to a buffer costs 4 bytes per weight of memory traffic, however many rows follow. Measured on an

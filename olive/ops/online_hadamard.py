@@ -84,7 +84,8 @@ def block_hadamard_reference(x: Tensor, block: int) -> Tensor:
     check_block_hadamard(x, block)
     dtype = _product_dtype(x)
     rows = x.reshape(-1, block).to(dtype)
-    return (rows @ _matrix(block, x.device, dtype)).to(x.dtype).view(x.shape)
+    with torch.autocast(x.device.type, enabled=False):  # reaches into operators
+        return (rows @ _matrix(block, x.device, dtype)).to(x.dtype).view(x.shape)
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:

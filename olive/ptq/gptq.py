@@ -16,6 +16,7 @@ Source: GPTQ, arXiv:2210.17323, for the recursion and its blocks; pairs, rules a
 from __future__ import annotations
 
 from collections.abc import Iterator
+from math import inf
 from typing import NamedTuple
 
 import torch
@@ -63,7 +64,7 @@ def compensate(
     Args:
         weight: float [N, K], finite.
         second_moment: float32 [K, K], H: sum or mean of x x^T over the layer's inputs; its scale does not
-            matter.
+            matter. With `drift`, the sum over the same rows.
         codebook: levels.
         group_size: -1 per channel, 0 per tensor, else columns per group.
         damping: added to H's diagonal, in units of its mean; ten times as much, and again, where H is
@@ -132,7 +133,7 @@ def _trust(drift: Drift, explained: float, columns: int) -> float:
     left tells how much of what is explained that is: the James-Stein estimator, its positive part.
     """
     share = columns * CORRELATED / drift.rows
-    if share >= 1 or explained <= 0:
+    if share >= 1 or not 0 < explained < inf:
         return 0.0
     accident = share / (1 - share) * max(drift.energy - explained, 0.0)
     return max(0.0, 1 - accident / explained)

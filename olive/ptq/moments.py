@@ -65,7 +65,10 @@ class ColumnMoment(Moment):
 
 
 def _on_tensor_cores(rows: Tensor) -> bool:
-    """Whether products stay in 16 bits: each is exact in float32, and NVIDIA GPUs are ten times as fast."""
+    """Whether factors are multiplied in 16 bits, as they come: products of two such are exact in float32.
+
+    (Differences from the float model are rounded to 16 bits for that.)
+    """
     halves = (torch.bfloat16, torch.float16)
     return rows.is_cuda and torch.version.hip is None and rows.dtype in halves
 

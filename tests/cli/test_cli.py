@@ -127,11 +127,10 @@ def test_quantize_with_online_rotation(model_path, tmp_path, monkeypatch):
 
 
 def test_quantize_on_what_the_model_writes(model_path, tmp_path, monkeypatch):
-    monkeypatch.setattr("olive.ptq.synthetic.TOKENS", 256)
     monkeypatch.setattr("olive.ptq.grids.PAIR_GRID", (0.6, 0.9))
     monkeypatch.setattr("olive.ptq.gptq.MULTIPLES", (1.0,))
     out = tmp_path / "quantized"
-    options = ["--method", "gptq", "--codebook", "int4", "--synthetic"]
+    options = ["--method", "gptq", "--codebook", "int4", "--synthetic", "--window", "64", "--windows", "8"]
     result = CliRunner().invoke(app, ["quantize", model_path, str(out), *options])
     assert result.exit_code == 0, result.output
     loaded = transformers.AutoModelForCausalLM.from_pretrained(out)
@@ -149,6 +148,7 @@ def test_quantize_on_what_the_model_writes(model_path, tmp_path, monkeypatch):
         ),
         (["--method", "gptq"], "expected a text file for method 'gptq', got none"),
         (["--calibration", "no_such_file"], "no_such_file"),
+        (["--window", "64"], "expected --calibration or --synthetic as well"),
         (["--calibration", __file__, "--synthetic"], "expected no --calibration beside it, got both"),
         (["--activation-codebook", "nf4"], "activation_codebook: expected 'int4' unless"),
     ],

@@ -100,3 +100,10 @@ def test_bad_arguments(x: Tensor, block: int, error: type[Exception], message: s
     for device in ("cpu", "meta"):
         with pytest.raises(error, match=message):
             ops.block_hadamard(x.to(device), block)
+
+
+def test_autocast_does_not_reach_inside() -> None:
+    x = torch.randn(5, 64, generator=torch.Generator().manual_seed(4))
+    with torch.autocast("cpu", torch.bfloat16):
+        inside = ops.block_hadamard(x, 32)
+    assert torch.equal(inside, ops.block_hadamard(x, 32))

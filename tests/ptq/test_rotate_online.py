@@ -244,7 +244,6 @@ def test_outliers_before_the_down_projection_cost_nothing(method: str) -> None:
             method=method, activations="ovp4", group_size=32, rotate=True, rotate_online=online, skip=OTHERS
         )
         errors[online] = [_error(model, config, data) for model in (plain, injected)]
-    print(errors)
     assert errors[True][1] < 1.02 * errors[True][0]
     assert errors[True][1] < errors[False][1]
 
