@@ -14,7 +14,9 @@ from olive.ops import (  # noqa: F401  (registers)
 from olive.ops.cpu import cpu_backend  # registers
 from olive.ops.float_activations import linear_float_activations  # registers
 from olive.ops.gpu import gpu_backend, has_packed_layout  # registers
+from olive.ops.lsq import lsq  # registers
 from olive.ops.online_hadamard import block_hadamard, block_size  # registers
+from olive.ops.statsq import statsq, statsq_codes  # registers
 
 ovp_quantize = torch.ops.olive.ovp_quantize
 ovp_encode = torch.ops.olive.ovp_encode
@@ -36,6 +38,7 @@ __all__ = [
     "gpu_backend",
     "has_packed_layout",
     "linear_float_activations",
+    "lsq",
     "ovp8_decode",
     "ovp8_linear",
     "ovp8_quantize",
@@ -48,4 +51,6 @@ __all__ = [
     "ovp_quantize",
     "ovp_unpack",
     "quantize_activations",
+    "statsq",
+    "statsq_codes",
 ]
