@@ -16,7 +16,7 @@ from olive.ops.float_activations import linear_float_activations  # registers
 from olive.ops.gpu import gpu_backend, has_packed_layout  # registers
 from olive.ops.lsq import lsq  # registers
 from olive.ops.online_hadamard import block_hadamard, block_size  # registers
-from olive.ops.statsq import statsq, statsq_codes  # registers
+from olive.ops.statsq import statsq, statsq_codes, statsq_margin  # registers
 
 ovp_quantize = torch.ops.olive.ovp_quantize
 ovp_encode = torch.ops.olive.ovp_encode
@@ -53,4 +53,5 @@ __all__ = [
     "quantize_activations",
     "statsq",
     "statsq_codes",
+    "statsq_margin",
 ]

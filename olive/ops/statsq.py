@@ -27,6 +27,7 @@ MAX_BITS = 8
 
 library.define("statsq(Tensor weight, int bits, int group_size) -> Tensor")
 library.define("statsq_codes(Tensor weight, int bits, int group_size) -> (Tensor codes, Tensor scale)")
+library.define("statsq_margin(Tensor weight, int bits, int group_size) -> Tensor")
 
 
 def check_statsq(weight: Tensor, bits: int, group_size: int) -> tuple[int, int, int]:
@@ -56,6 +57,25 @@ def _(weight, bits, group_size):  # type: ignore[no-untyped-def]
     return codes, weight.new_empty((rows, groups), dtype=torch.float32)
 
 
+@torch.library.register_fake("olive::statsq_margin", lib=library)
+def _(weight, bits, group_size):  # type: ignore[no-untyped-def]
+    check_statsq(weight, bits, group_size)
+    return weight.new_empty(weight.shape, dtype=torch.float32)
+
+
+def _steps(weight: Tensor, bits: int, group_size: int) -> tuple[Tensor, Tensor]:
+    """w n / s, float32 [N, K], and s, float32 [N, G]; zero where s is."""
+    rows, columns, groups = check_statsq(weight, bits, group_size)
+    width = columns if groups == 1 else group_size
+    values = weight.reshape(rows, columns).float().contiguous()
+    padded = torch.nn.functional.pad(values, (0, groups * width - columns)).view(rows, groups, width)
+    counts = torch.full((groups,), width, dtype=torch.float32, device=weight.device)
+    counts[-1] = columns - (groups - 1) * width
+    scale = 2 * padded.abs().sum(-1) / counts
+    steps = padded * (1 << (bits - 1)) / torch.where(scale > 0, scale, 1.0)[..., None]
+    return steps.view(rows, -1)[:, :columns], scale
+
+
 def statsq_codes_reference(weight: Tensor, bits: int, group_size: int) -> tuple[Tensor, Tensor]:
     """Codes and scales.
 
@@ -71,19 +91,27 @@ def statsq_codes_reference(weight: Tensor, bits: int, group_size: int) -> tuple[
     Raises:
         TypeError, ValueError: another type or shape, or a number out of its range.
     """
-    rows, columns, groups = check_statsq(weight, bits, group_size)
-    width = columns if groups == 1 else group_size
-    padded = torch.nn.functional.pad(
-        weight.reshape(rows, columns).float().contiguous(), (0, groups * width - columns)
-    )
-    values = padded.view(rows, groups, width)
-    counts = torch.full((groups,), width, dtype=torch.float32, device=weight.device)
-    counts[-1] = columns - (groups - 1) * width
-    scale = 2 * values.abs().sum(-1) / counts
+    steps, scale = _steps(weight, bits, group_size)
     half = 1 << (bits - 1)
-    steps = values * half / torch.where(scale > 0, scale, 1.0)[..., None]
-    codes = steps.floor().clamp_(-half, half - 1).to(torch.int8)
-    return codes.view(rows, -1)[:, :columns].reshape(weight.shape), scale
+    return steps.floor().clamp(-half, half - 1).to(torch.int8).reshape(weight.shape), scale
+
+
+def statsq_margin_reference(weight: Tensor, bits: int, group_size: int) -> Tensor:
+    """How far each value is from the nearest threshold, in steps s / n.
+
+    Thresholds are the whole numbers of steps between -n + 1 and n - 1: for 1 bit 0 alone. Values within a
+    small margin are those that oscillate; the others can be frozen (confidence-guided annealing).
+
+    Args and errors: as for `statsq_codes_reference`.
+
+    Returns:
+        float32 of the weight's shape, at least 0; of a group of zeros 0.
+
+    Source: arXiv:2302.02210, the boundary range of its section on confidence-guided annealing.
+    """
+    steps, _ = _steps(weight, bits, group_size)
+    last = (1 << (bits - 1)) - 1
+    return (steps - steps.round().clamp(-last, last)).abs().reshape(weight.shape)
 
 
 def statsq_reference(weight: Tensor, bits: int, group_size: int) -> Tensor:
@@ -111,6 +139,8 @@ def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
 
 library.impl("statsq", statsq_reference, "CompositeExplicitAutograd")
 library.impl("statsq_codes", statsq_codes_reference, "CompositeExplicitAutograd")
+library.impl("statsq_margin", statsq_margin_reference, "CompositeExplicitAutograd")
 torch.library.register_autograd("olive::statsq", _backward, setup_context=_setup_context, lib=library)
 statsq = torch.ops.olive.statsq
 statsq_codes = torch.ops.olive.statsq_codes
+statsq_margin = torch.ops.olive.statsq_margin

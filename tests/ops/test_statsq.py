@@ -77,10 +77,37 @@ def test_the_gradient_passes_straight_through() -> None:
     assert torch.equal(found, grad)  # clipped weights too
 
 
+@pytest.mark.parametrize("group_size", [-1, 16])
+@pytest.mark.parametrize("bits", [1, 2, 3, 4])
+def test_margins_are_distances_to_the_nearest_change_of_code(bits: int, group_size: int) -> None:
+    weight = 3 * _weight(5, 64)
+    margin = ops.statsq_margin(weight, bits, group_size)
+    codes, scale = ops.statsq_codes(weight, bits, group_size)
+    width = 64 if group_size < 0 else group_size
+    step = scale.repeat_interleave(width, dim=1) / 2 ** (bits - 1)
+    assert margin.dtype == torch.float32 and margin.shape == weight.shape
+    half = 2 ** (bits - 1)
+
+    def code_of(value: Tensor) -> Tensor:  # under the scales of the weight
+        return (value / step).floor().clamp(-half, half - 1)
+
+    inside, past = 0.99 * margin * step - 1e-6, 1.01 * margin * step + 1e-6
+    for sign in (-1, 1):
+        assert torch.equal(code_of(weight + sign * inside), codes.float())
+    changed = (code_of(weight + past) != codes) | (code_of(weight - past) != codes)
+    assert bool(changed.all())
+
+
+def test_few_weights_are_within_the_usual_margin() -> None:
+    margin = ops.statsq_margin(_weight(64, 4096), 2, -1)
+    assert 0.005 < float((margin <= 0.005).double().mean()) < 0.012  # Gaussian: 0.8 to 0.9 %
+
+
 def test_as_an_operator() -> None:
     weight = _weight(6, 20).requires_grad_()
     torch.library.opcheck(torch.ops.olive.statsq.default, (weight, 3, 8))
     torch.library.opcheck(torch.ops.olive.statsq_codes.default, (weight.detach(), 3, -1))
+    torch.library.opcheck(torch.ops.olive.statsq_margin.default, (weight.detach(), 3, 8))
     strided = _weight(20, 6).T
     assert torch.equal(ops.statsq(strided, 3, -1), ops.statsq(strided.contiguous(), 3, -1))
 
