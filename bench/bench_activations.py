@@ -17,6 +17,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any, NamedTuple
 
@@ -51,6 +52,15 @@ class PlainPerToken(NamedTuple):
 
 
 Setting = QuantConfig | Plain | PlainPerToken | None
+ROTATED = {
+    "W4A4, ovp4 int4 per token, rotated": QuantConfig(activations="ovp4", rotate=True),
+    "W4A4, ovp4 adaptive per token and 32, rotated": QuantConfig(
+        activations="ovp4", activation_group_size=32, activation_codebook="adaptive", rotate=True
+    ),
+    "W4A4, ovp4 adaptive per token and 128, rotated": QuantConfig(
+        activations="ovp4", activation_group_size=128, activation_codebook="adaptive", rotate=True
+    ),
+}
 SETTINGS: dict[str, Setting] = {
     "full precision": None,
     "W4A16": QuantConfig(),
@@ -65,30 +75,8 @@ SETTINGS: dict[str, Setting] = {
     ),
     "W4A16, rotated": QuantConfig(rotate=True),
     "W4A8, int8 per token, rotated": QuantConfig(activations="int8", rotate=True),
-    "W4A4, ovp4 int4 per token, rotated": QuantConfig(activations="ovp4", rotate=True),
-    "W4A4, ovp4 adaptive per token and 32, rotated": QuantConfig(
-        activations="ovp4", activation_group_size=32, activation_codebook="adaptive", rotate=True
-    ),
-    "W4A4, ovp4 adaptive per token and 128, rotated": QuantConfig(
-        activations="ovp4", activation_group_size=128, activation_codebook="adaptive", rotate=True
-    ),
-    "W4A4, ovp4 int4 per token, rotated online": QuantConfig(
-        activations="ovp4", rotate=True, rotate_online=True
-    ),
-    "W4A4, ovp4 adaptive per token and 32, rotated online": QuantConfig(
-        activations="ovp4",
-        activation_group_size=32,
-        activation_codebook="adaptive",
-        rotate=True,
-        rotate_online=True,
-    ),
-    "W4A4, ovp4 adaptive per token and 128, rotated online": QuantConfig(
-        activations="ovp4",
-        activation_group_size=128,
-        activation_codebook="adaptive",
-        rotate=True,
-        rotate_online=True,
-    ),
+    **ROTATED,
+    **{f"{name} online": replace(config, rotate_online=True) for name, config in ROTATED.items()},
     "W4A4, plain int4 activations per token": PlainPerToken(4),
     "W8A8, ovp8 static, rotated": QuantConfig(
         bits=8, activations="ovp8", activation_group_size=0, rotate=True

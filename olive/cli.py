@@ -95,7 +95,9 @@ def quantize(
     if calibration is not None and synthetic:
         raise typer.BadParameter("expected no --calibration beside it, got both", param_hint="--synthetic")
     if calibration is None and not synthetic and (window or windows):
-        raise typer.BadParameter("expected --calibration or --synthetic as well", param_hint="--window(s)")
+        raise typer.BadParameter(
+            "expected --calibration or --synthetic as well", param_hint="--window, --windows"
+        )
     if output.exists():
         raise typer.BadParameter(
             f"expected a folder that does not exist yet, got {output}", param_hint="output"
@@ -111,8 +113,8 @@ def quantize(
         data = olive.synthetic_windows(loaded, window=window, count=windows) if synthetic else None
         if calibration is not None:
             tokenizer = AutoTokenizer.from_pretrained(model)
-            text = calibration.read_text()
-            data = olive.calibration_windows(text, tokenizer, window=window or 2048, count=windows or 128)
+            given = {key: size for key, size in (("window", window), ("count", windows)) if size is not None}
+            data = olive.calibration_windows(calibration.read_text(), tokenizer, **given)
         olive.quantize(loaded, config, calibration=data)
     print(olive.report(loaded).table())
     loaded.save_pretrained(output)

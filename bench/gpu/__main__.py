@@ -28,7 +28,7 @@ from bench.tables import read_rows
 # within 10 minutes even if kernels hang.
 SECTIONS = {
     "bench.gpu.linear": 120,
-    "bench.gpu.generate": 110,
+    "bench.gpu.generate": 150,
     "bench.gpu.quantize": 40,
     "bench.gpu.gptq": 80,
 }

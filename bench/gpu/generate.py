@@ -31,7 +31,7 @@ from olive.formats import ActivationFormat
 from olive.nn import OVPLinear
 
 BATCHES = (1, 8, 32)
-_ROUNDS = 5
+_ROUNDS = 3
 _COMPARED = 8  # tokens of a captured step and of the plain one
 
 

@@ -37,4 +37,11 @@ inline void check_shape(int64_t n, int64_t k, int group_size) {
   check_group_size(group_size);
 }
 
+inline void check_compensation(int64_t columns, int64_t scales_per_row) {
+  if (columns % 2 != 0) throw std::invalid_argument("columns: expected an even number");
+  if (scales_per_row != 1 && scales_per_row != columns / 2) {
+    throw std::invalid_argument("scales_per_row: expected 1, or one per pair");
+  }
+}
+
 }  // namespace olive

@@ -197,10 +197,7 @@ void quantize(uintptr_t weight, int type, int64_t n, int64_t k, int group_size, 
 void compensate(uintptr_t values, uintptr_t scale, int64_t scales_per_row, uintptr_t factor, uintptr_t codebook,
                 int64_t rows, int64_t columns, uintptr_t codes, uintptr_t errors, uintptr_t loss, uintptr_t stream) {
   check_weight_shape(rows, columns, -1);
-  if (columns % 2 != 0) throw std::invalid_argument("columns: expected an even number");
-  if (scales_per_row != 1 && scales_per_row != columns / 2) {
-    throw std::invalid_argument("scales_per_row: expected 1, or one per pair");
-  }
+  check_compensation(columns, scales_per_row);
   const Compensation run = {pointer<const float>("values", values),
                             pointer<const int16_t>("scale", scale),
                             scales_per_row,

@@ -6,6 +6,7 @@ The schema, its checks, and the definition in plain PyTorch. The kernels (`csrc/
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -171,15 +172,21 @@ def ovp_compensate_reference(
     return codes, errors, errors.square().sum(1)
 
 
-def ovp_compensate_cpu(
-    values: Tensor, scale: Tensor, factor: Tensor, codebook: Tensor, isa: str = ""
+def run_compensate(
+    kernel: Callable[..., None],
+    values: Tensor,
+    scale: Tensor,
+    factor: Tensor,
+    codebook: Tensor,
+    where: str | int,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """`ovp_compensate` on the CPU kernels; `isa` names an instruction set, "" the best one."""
-    rows, columns = check_compensate(values, scale, factor, codebook)
-    values, scale, factor, codebook = (one.contiguous() for one in (values, scale, factor, codebook))
-    codes = torch.empty((rows, columns // 2), dtype=torch.uint8)
-    errors, loss = torch.empty_like(values), torch.empty(rows)
-    cpu_kernels().compensate(
+    """Call a kernel on checked tensors, the factor contiguous; `where` is its instruction set or stream."""
+    values, scale, codebook = values.contiguous(), scale.contiguous(), codebook.contiguous()
+    rows, columns = values.shape
+    codes = torch.empty((rows, columns // 2), dtype=torch.uint8, device=values.device)
+    errors = torch.empty_like(values)
+    loss = torch.empty(rows, dtype=torch.float32, device=values.device)
+    kernel(
         values.data_ptr(),
         scale.data_ptr(),
         int(scale.shape[1]),
@@ -190,9 +197,17 @@ def ovp_compensate_cpu(
         codes.data_ptr(),
         errors.data_ptr(),
         loss.data_ptr(),
-        isa,
+        where,
     )
     return codes, errors, loss
+
+
+def ovp_compensate_cpu(
+    values: Tensor, scale: Tensor, factor: Tensor, codebook: Tensor, isa: str = ""
+) -> tuple[Tensor, Tensor, Tensor]:
+    """`ovp_compensate` on the CPU kernels; `isa` names an instruction set, "" the best one."""
+    check_compensate(values, scale, factor, codebook)
+    return run_compensate(cpu_kernels().compensate, values, scale, factor.contiguous(), codebook, isa)
 
 
 library.impl("ovp_compensate", ovp_compensate_reference, "CompositeExplicitAutograd")
