@@ -1,0 +1,156 @@
+"""Quantizers of weights: modules from a latent weight to the same weight on its levels.
+
+Each stands on a grid, which says how far a weight is from changing its code. What is recorded of a weight's
+oscillations lies here as buffers, so that it is saved, moved and loaded with the model.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from olive.ops import lsq, statsq, statsq_codes
+from olive.ops.lsq import LEAST_SCALE, integer_range, lsq_initial_scale
+from olive.ops.statsq import PER_CHANNEL
+
+
+class Grid(NamedTuple):
+    """Levels of a weight: code = clamp(floor(weight / step + offset), qmin, qmax).
+
+    Args:
+        step: float32 [N, G], the distance of two levels; 0 where all weights of a group are.
+        offset: 0 where levels lie in the middle between whole steps (mid-rise), 1/2 where they are whole
+            steps (mid-tread).
+        qmin, qmax: the smallest and the largest code.
+    """
+
+    step: Tensor
+    offset: float
+    qmin: int
+    qmax: int
+
+    @property
+    def mid_rise(self) -> bool:
+        """Whether levels are odd multiples of half a step."""
+        return self.offset == 0.0
+
+
+class WeightQuantizer(nn.Module):
+    """What the quantizers of weights share.
+
+    Buffers of the weight's shape, where oscillations are tracked (`olive.qat.tracking`): `codes` int8, at
+    the last step; `direction` int8, where they last changed to; `frequency` float32, how often they
+    oscillate.
+
+    Args:
+        bits: 1 to 8.
+    """
+
+    codes: Tensor | None
+    direction: Tensor | None
+    frequency: Tensor | None
+
+    def __init__(self, bits: int) -> None:
+        super().__init__()
+        self.bits = bits
+        for name in ("codes", "direction", "frequency"):
+            self.register_buffer(name, None)
+
+    def grid(self, weight: Tensor) -> Grid:
+        """The grid on which this weight is quantized now; no gradient goes through it.
+
+        Args:
+            weight: float [N, ...].
+        """
+        raise NotImplementedError
+
+    @property
+    def is_tracked(self) -> bool:
+        """Whether oscillations are recorded."""
+        return self.frequency is not None
+
+    def extra_repr(self) -> str:
+        return f"bits={self.bits}"
+
+
+class StatsQ(WeightQuantizer):
+    """Levels from the weights' own mean magnitude (`olive.ops.statsq`): nothing to learn, nothing to set up.
+
+    Args:
+        bits: 1 to 8.
+        group_size: columns of an output channel that share a scale; -1 = all.
+    """
+
+    def __init__(self, bits: int, group_size: int = PER_CHANNEL) -> None:
+        super().__init__(bits)
+        self.group_size = group_size
+
+    def forward(self, weight: Tensor) -> Tensor:
+        """The weight on its levels; its gradient reaches the weight as it is."""
+        quantized: Tensor = statsq(weight, self.bits, self.group_size)
+        return quantized
+
+    @torch.no_grad()
+    def grid(self, weight: Tensor) -> Grid:
+        """The grid of a weight, of step s / 2^(bits - 1)."""
+        half = 1 << (self.bits - 1)
+        _, scale = statsq_codes(weight, self.bits, self.group_size)
+        return Grid(scale / half, 0.0, -half, half - 1)
+
+    def extra_repr(self) -> str:
+        return f"{super().extra_repr()}, group_size={self.group_size}"
+
+
+class LSQWeight(WeightQuantizer):
+    """Levels at integer multiples of a scale per output channel, which is learned (`olive.ops.lsq`).
+
+    Args:
+        bits: 1 to 8.
+        weight: to begin with, float [N, ...]: the scale becomes 2 mean |w| / sqrt(qmax) of each channel.
+    """
+
+    def __init__(self, bits: int, weight: Tensor) -> None:
+        super().__init__(bits)
+        self.scale = nn.Parameter(lsq_initial_scale(weight, bits, signed=True, dim=0))
+
+    def forward(self, weight: Tensor) -> Tensor:
+        """The weight on its levels; gradients as `olive.ops.lsq` says."""
+        quantized: Tensor = lsq(weight, self.scale.float(), self.bits, True, 0)
+        return quantized
+
+    @torch.no_grad()
+    def grid(self, weight: Tensor) -> Grid:
+        """The grid of a weight, of the learned step; 1 bit is mid-rise with twice that."""
+        step = self.scale.detach().float().clamp(min=LEAST_SCALE)[:, None]
+        if self.bits == 1:
+            return Grid(2 * step, 0.0, -1, 0)
+        return Grid(step, 0.5, *integer_range(self.bits, signed=True))
+
+
+class MinMax(WeightQuantizer):
+    """Levels at integer multiples of each output channel's largest magnitude / qmax: for many bits.
+
+    It has nothing to learn, so layers that share a weight share its grid.
+
+    Args:
+        bits: 1 to 8.
+    """
+
+    def forward(self, weight: Tensor) -> Tensor:
+        """The weight on its levels; its gradient reaches the weight as it is."""
+        quantized: Tensor = lsq(weight, self._scale(weight), self.bits, True, 0)
+        return quantized
+
+    def _scale(self, weight: Tensor) -> Tensor:
+        _, qmax = integer_range(self.bits, signed=True)
+        return (weight.detach().flatten(1).abs().amax(1).float() / qmax).clamp(min=LEAST_SCALE)
+
+    @torch.no_grad()
+    def grid(self, weight: Tensor) -> Grid:
+        """The grid of a weight; 1 bit is mid-rise with twice the step."""
+        step = self._scale(weight)[:, None]
+        if self.bits == 1:
+            return Grid(2 * step, 0.0, -1, 0)
+        return Grid(step, 0.5, *integer_range(self.bits, signed=True))
