@@ -5,31 +5,36 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from olive.qat.weight_quantizers import Grid, MinMax, WeightQuantizer
+from olive.ops import oscillation_
+from olive.qat.weight_quantizers import Grid, MinMax, WeightQuantizer, local
 
-
-def local(tensor: Tensor) -> Tensor:
-    """This process's rows of a tensor that several share (FSDP2), or the tensor."""
-    to_local = getattr(tensor, "to_local", None)
-    return tensor if to_local is None else to_local()
+FREE = -(2**15)  # in `fixed`: this weight is not fixed
 
 
 class LatentWeight(nn.Module):
-    """A latent weight, its quantizer, and what keeps frozen values as they are while an optimizer steps.
+    """A latent weight, its quantizer, and what is known of how it moves.
 
-    Tensors below have the weight's shape with output channels first, [N, ...]; of a sharded weight they hold
-    this process's rows.
+    Buffers that exist where they are asked for, so that they are saved, moved and loaded with the model,
+    all of the weight's shape with output channels first, [N, ...]:
+
+    - `codes` int8, at the last step, `direction` int8, where they last changed to, `frequency` float32, how
+      often they oscillate (`track`);
+    - `average` float32, a moving average of the codes, `fixed` int16, the code at which a weight is fixed for
+      good, or FREE (`average_codes`).
+
+    Tensors below have the same shape; of a sharded weight they hold this process's rows.
     """
 
     weight_quantizer: WeightQuantizer
+    _seen: tuple[object, Tensor] | None = None  # of which state of the weight, what was inside the boundary
 
     def latent(self) -> Tensor:
         """The latent weight, detached; a view of the parameter where there is one."""
         raise NotImplementedError
 
-    def grid(self) -> Grid:
-        """The grid the weight is on."""
-        return self.weight_quantizer.grid(self.latent())
+    def trained(self) -> Tensor:
+        """The latent weight with its gradient."""
+        raise NotImplementedError
 
     def hold(self, frozen: Tensor) -> None:
         """Before a step of the optimizer: remember frozen values, and drop their gradients.
@@ -47,6 +52,115 @@ class LatentWeight(nn.Module):
         """Set the latent weight to `values` where `where` says so."""
         raise NotImplementedError
 
+    def version(self) -> tuple[int, ...]:
+        """Another one after each change of the weight."""
+        raise NotImplementedError
+
+    @property
+    def is_sharded(self) -> bool:
+        """Whether each process has some of the rows."""
+        return False
+
+    def zeros(self, dtype: torch.dtype) -> Tensor:
+        """Of the weight's shape, and sharded as it is."""
+        return torch.zeros_like(self.latent(), dtype=dtype, memory_format=torch.contiguous_format)
+
+    def grid(self) -> Grid:
+        """The grid the weight is on."""
+        return self.weight_quantizer.grid(self.latent())
+
+    @torch.no_grad()
+    def inside(self, boundary: float) -> Tensor:
+        """Which values are within so many steps of their nearest threshold: bool; NaN is not."""
+        state = (boundary, *self.version())
+        if self._seen is None or self._seen[0] != state:
+            weight = self.latent()
+            near = self.weight_quantizer.margin(weight) <= boundary if weight.numel() else weight.bool()
+            self._seen = (state, near)
+        return self._seen[1]
+
+    @torch.no_grad()
+    def track(self) -> None:
+        """Begin to follow the codes; nothing where they are followed."""
+        if "frequency" in self._buffers:
+            return
+        for name, dtype in (("codes", torch.int8), ("direction", torch.int8), ("frequency", torch.float32)):
+            self.register_buffer(name, self.zeros(dtype))
+        self.set_buffer("codes", self._code())
+
+    @torch.no_grad()
+    def look(self, momentum: float, boundary: float) -> None:
+        """Follow the codes, and find what is inside the boundary, in one pass."""
+        weight = self.latent()
+        if weight.numel() == 0:
+            return
+        grid = self.grid()
+        codes, direction, frequency = (self.buffer(name) for name in ("codes", "direction", "frequency"))
+        found = oscillation_(
+            weight,
+            grid.step,
+            grid.offset,
+            grid.qmin,
+            grid.qmax,
+            momentum,
+            boundary,
+            codes,
+            direction,
+            frequency,
+        )
+        self._seen = ((boundary, *self.version()), found)
+
+    @torch.no_grad()
+    def average_codes(self) -> None:
+        """Begin to average the codes, and let weights be fixed; nothing where that has begun."""
+        if "fixed" in self._buffers:
+            return
+        self.register_buffer("average", self.zeros(torch.float32))
+        self.register_buffer("fixed", self.zeros(torch.int16))
+        self.set_buffer("average", self._code())
+        self.buffer("fixed").fill_(FREE)
+
+    @torch.no_grad()
+    def fix(self, momentum: float, threshold: float | None) -> None:
+        """Follow the average, and fix at it the weights whose frequency is above the threshold."""
+        if self.latent().numel() == 0:
+            return
+        average, fixed = self.buffer("average"), self.buffer("fixed")
+        average.lerp_(self.buffer("codes").float(), momentum)
+        if threshold is not None:
+            chosen = (self.buffer("frequency") > threshold) & (fixed == FREE)
+            fixed.copy_(torch.where(chosen, average.round().to(fixed.dtype), fixed))
+
+    @torch.no_grad()
+    def put_back_fixed(self) -> None:
+        """Put fixed weights on the levels of their codes, on the grid as it is now."""
+        if self.latent().numel() == 0:
+            return
+        fixed = self.buffer("fixed")
+        self.write(fixed != FREE, self.grid().level(fixed.flatten(1)).view(fixed.shape))
+
+    def buffer(self, name: str) -> Tensor:
+        """This process's rows of a buffer.
+
+        Raises:
+            ValueError: the weight was sharded after the buffer was made.
+        """
+        found, expected = local(self.get_buffer(name)), self.latent().shape
+        if found.shape != expected:
+            raise ValueError(
+                f"{name}: expected shape {tuple(expected)}, got {tuple(found.shape)}; make trackers after "
+                f"fully_shard"
+            )
+        return found
+
+    def set_buffer(self, name: str, values: Tensor) -> None:
+        """Fill a buffer."""
+        self.buffer(name).copy_(values)
+
+    def _code(self) -> Tensor:
+        weight = self.latent()
+        return self.grid().code(weight).view(weight.shape) if weight.numel() else weight
+
 
 class ParameterLatent(LatentWeight):
     """The latent weight is the parameter `weight`."""
@@ -61,6 +175,9 @@ class ParameterLatent(LatentWeight):
     def latent(self) -> Tensor:
         return self.channels_first(local(self.weight.detach()))
 
+    def trained(self) -> Tensor:
+        return self.channels_first(local(self.weight))
+
     def hold(self, frozen: Tensor) -> None:
         if self.weight.grad is not None:
             self.channels_first(local(self.weight.grad)).masked_fill_(frozen, 0)
@@ -73,10 +190,23 @@ class ParameterLatent(LatentWeight):
             frozen, kept = self._held
             self.write(frozen, kept)
 
+    @torch.no_grad()
     def write(self, where: Tensor, values: Tensor) -> None:
-        with torch.no_grad():
-            latent = self.latent()
-            latent.copy_(torch.where(where, values.to(latent.dtype), latent))
+        latent = self.latent()
+        latent.copy_(torch.where(where, values.to(latent.dtype), latent))
+
+    def version(self) -> tuple[int, ...]:
+        weight = local(self.weight)
+        return weight.data_ptr(), weight._version
+
+    @property
+    def is_sharded(self) -> bool:
+        return hasattr(self.weight, "to_local")
+
+    def zeros(self, dtype: torch.dtype) -> Tensor:
+        if not self.is_sharded:
+            return super().zeros(dtype)
+        return torch.zeros_like(self.weight.detach(), dtype=dtype)
 
 
 def latent_weights(model: nn.Module) -> dict[str, LatentWeight]:

@@ -1,7 +1,6 @@
 """Quantizers of weights: modules from a latent weight to the same weight on its levels.
 
-Each stands on a grid, which says how far a weight is from changing its code. What is recorded of a weight's
-oscillations lies here as buffers, so that it is saved, moved and loaded with the model.
+Each stands on a grid, which says how far a weight is from changing its code.
 """
 
 from __future__ import annotations
@@ -11,9 +10,15 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from olive.ops import lsq, statsq, statsq_codes
+from olive.ops import lsq, statsq, statsq_codes, statsq_margin
 from olive.ops.lsq import LEAST_SCALE, integer_range, lsq_initial_scale
 from olive.ops.statsq import PER_CHANNEL
+
+
+def local(tensor: Tensor) -> Tensor:
+    """This process's rows of a tensor that several share (FSDP2), or the tensor."""
+    to_local = getattr(tensor, "to_local", None)
+    return tensor if to_local is None else to_local()
 
 
 class Grid(NamedTuple):
@@ -36,27 +41,47 @@ class Grid(NamedTuple):
         """Whether levels are odd multiples of half a step."""
         return self.offset == 0.0
 
+    def _step(self, values: Tensor) -> Tensor:
+        """The step of each value, to divide by or multiply with: float32 [N, 1] or [N, K]."""
+        groups, columns = int(self.step.shape[1]), int(values.shape[1])
+        if groups == 1:
+            return self.step
+        return self.step.repeat_interleave(-(-columns // groups), dim=1)[:, :columns]
+
+    def position(self, weight: Tensor) -> Tensor:
+        """weight / step + offset, float32 [N, K]: thresholds are the whole numbers qmin + 1 to qmax.
+
+        Args:
+            weight: float [N, ...].
+        """
+        values = weight.flatten(1).float()
+        step = self._step(values)
+        return values / torch.where(step > 0, step, 1.0) + self.offset
+
+    def code(self, weight: Tensor) -> Tensor:
+        """The weight's codes, float32 [N, K]; of NaN NaN."""
+        return self.position(weight).floor().clamp(self.qmin, self.qmax)
+
+    def level(self, code: Tensor) -> Tensor:
+        """The value a code [N, K] stands for, float32."""
+        return (code.float() + (0.5 - self.offset)) * self._step(code)
+
+    def from_threshold(self, weight: Tensor) -> Tensor:
+        """Signed distance to the nearest threshold, in steps, float32 [N, K]."""
+        position = self.position(weight)
+        return position - position.round().clamp(self.qmin + 1, self.qmax)
+
 
 class WeightQuantizer(nn.Module):
     """What the quantizers of weights share.
-
-    Buffers of the weight's shape, where oscillations are tracked (`olive.qat.tracking`): `codes` int8, at
-    the last step; `direction` int8, where they last changed to; `frequency` float32, how often they
-    oscillate.
 
     Args:
         bits: 1 to 8.
     """
 
-    codes: Tensor | None
-    direction: Tensor | None
-    frequency: Tensor | None
-
     def __init__(self, bits: int) -> None:
         super().__init__()
         self.bits = bits
-        for name in ("codes", "direction", "frequency"):
-            self.register_buffer(name, None)
 
     def grid(self, weight: Tensor) -> Grid:
         """The grid on which this weight is quantized now; no gradient goes through it.
@@ -66,10 +91,14 @@ class WeightQuantizer(nn.Module):
         """
         raise NotImplementedError
 
-    @property
-    def is_tracked(self) -> bool:
-        """Whether oscillations are recorded."""
-        return self.frequency is not None
+    @torch.no_grad()
+    def margin(self, weight: Tensor) -> Tensor:
+        """How far each value is from its nearest threshold, in steps: float32 of the weight's shape.
+
+        Args:
+            weight: float [N, ...].
+        """
+        return self.grid(weight).from_threshold(weight).abs().view(weight.shape)
 
     def extra_repr(self) -> str:
         return f"bits={self.bits}"
@@ -99,6 +128,11 @@ class StatsQ(WeightQuantizer):
         _, scale = statsq_codes(weight, self.bits, self.group_size)
         return Grid(scale / half, 0.0, -half, half - 1)
 
+    @torch.no_grad()
+    def margin(self, weight: Tensor) -> Tensor:
+        margin: Tensor = statsq_margin(weight, self.bits, self.group_size)
+        return margin
+
     def extra_repr(self) -> str:
         return f"{super().extra_repr()}, group_size={self.group_size}"
 
@@ -123,7 +157,7 @@ class LSQWeight(WeightQuantizer):
     @torch.no_grad()
     def grid(self, weight: Tensor) -> Grid:
         """The grid of a weight, of the learned step; 1 bit is mid-rise with twice that."""
-        step = self.scale.detach().float().clamp(min=LEAST_SCALE)[:, None]
+        step = local(self.scale.detach()).float().clamp(min=LEAST_SCALE)[:, None]
         if self.bits == 1:
             return Grid(2 * step, 0.0, -1, 0)
         return Grid(step, 0.5, *integer_range(self.bits, signed=True))

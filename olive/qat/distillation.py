@@ -1,0 +1,121 @@
+"""`distill`: let a full-precision teacher's outputs be what a model is trained towards."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+_IGNORED = -100  # label of positions that do not count, as in transformers and torch
+
+
+def distillation_loss(
+    student: Tensor, teacher: Tensor, *, temperature: float = 1.0, mask: Tensor | None = None
+) -> Tensor:
+    """Cross entropy of softened outputs less the teacher's entropy: KL(teacher || student) t^2, averaged.
+
+    Args:
+        student: logits, float [..., C].
+        teacher: logits, float [..., C]; gets no gradient.
+        temperature: t, by which both are divided.
+        mask: bool [...], which positions count; None = all.
+
+    Returns:
+        float32 scalar.
+
+    Source: Hinton et al., arXiv:1503.02531.
+    """
+    expected = functional.log_softmax(teacher.detach().float() / temperature, -1)
+    got = functional.log_softmax(student.float() / temperature, -1)
+    loss = functional.kl_div(got, expected, reduction="none", log_target=True).sum(-1)
+    if mask is not None:
+        loss = (loss * mask).sum() / mask.sum().clamp(min=1)
+    return loss.mean() * temperature**2
+
+
+class Distillation:
+    """What `distill` set up; `remove` undoes it.
+
+    Args:
+        teacher: not registered as a part of the student, so it is neither trained nor saved with it.
+        weight, temperature: as in `distill`.
+    """
+
+    def __init__(self, teacher: nn.Module, weight: float, temperature: float) -> None:
+        self.teacher, self.weight, self.temperature = teacher, weight, temperature
+        self._handle: Any = None
+
+    def attach(self, student: nn.Module) -> None:
+        """Act on the student's outputs from now on."""
+        self._handle = student.register_forward_hook(self._mix, with_kwargs=True)
+
+    def remove(self) -> None:
+        """Leave the student's outputs as they are."""
+        self._handle.remove()
+
+    def _mix(self, student: nn.Module, args: Any, kwargs: dict[str, Any], output: Any) -> Any:
+        if not student.training:
+            return None
+        logits = output["logits"]
+        parameter = next(self.teacher.parameters(), None)
+        if parameter is not None and parameter.device != logits.device:
+            self.teacher.to(logits.device)
+        without_labels = {key: value for key, value in kwargs.items() if key != "labels"}
+        with torch.no_grad():
+            expected = self.teacher(*args, **without_labels)["logits"]
+        mask = _counting_positions(logits, kwargs)
+        distilled = distillation_loss(logits, expected, temperature=self.temperature, mask=mask)
+        loss = output.get("loss")
+        output["loss"] = distilled if loss is None else (1 - self.weight) * loss + self.weight * distilled
+        return output
+
+
+def _counting_positions(logits: Tensor, kwargs: dict[str, Any]) -> Tensor | None:
+    """Which positions of token logits count: those with a label; without labels those attended to."""
+    if logits.dim() != 3:
+        return None
+    labels, attended = kwargs.get("labels"), kwargs.get("attention_mask")
+    if labels is not None and labels.shape == logits.shape[:2]:
+        return labels != _IGNORED
+    if attended is None or attended.shape != logits.shape[:2]:
+        return None
+    mask: Tensor = attended.bool()
+    return mask
+
+
+def distill(
+    model: nn.Module, teacher: nn.Module, *, weight: float = 1.0, temperature: float = 1.0
+) -> Distillation:
+    """From now on let `model`'s training loss contain its distance from a teacher's outputs.
+
+    In training mode each forward pass of `model` runs the teacher on the same arguments, in eval mode and
+    without gradients, and returns `weight * distillation_loss + (1 - weight) * loss`; so the Trainer and
+    every loop that uses `output.loss` need no change. The teacher moves to where the model is.
+
+    Args:
+        model: of transformers; its outputs hold `logits`, and a `loss` where labels are given.
+        teacher: usually the model in full precision, e.g. a copy made before `prepare`.
+        weight: of the teacher, 0 to 1; without labels it is the only loss.
+        temperature: by which logits are divided.
+
+    Returns:
+        What undoes it (`remove`).
+
+    Raises:
+        ValueError: a weight or temperature out of its range, or the model as its own teacher.
+    """
+    if not 0 < weight <= 1:
+        raise ValueError(f"weight: expected above 0 and up to 1, got {weight!r}")
+    if not temperature > 0:
+        raise ValueError(f"temperature: expected above 0, got {temperature!r}")
+    if teacher is model or set(teacher.parameters()) & set(model.parameters()):
+        raise ValueError(
+            "teacher: expected a model of its own, got one that shares parameters with the model; "
+            "copy.deepcopy it before prepare"
+        )
+    teacher.eval().requires_grad_(False)
+    distillation = Distillation(teacher, weight, temperature)
+    distillation.attach(model)
+    return distillation
