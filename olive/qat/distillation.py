@@ -78,7 +78,7 @@ def _counting_positions(logits: Tensor, kwargs: dict[str, Any]) -> Tensor | None
         return None
     labels, attended = kwargs.get("labels"), kwargs.get("attention_mask")
     if labels is not None and labels.shape == logits.shape[:2]:
-        return labels != _IGNORED
+        return torch.ne(labels, _IGNORED)
     if attended is None or attended.shape != logits.shape[:2]:
         return None
     mask: Tensor = attended.bool()

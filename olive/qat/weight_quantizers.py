@@ -25,7 +25,8 @@ class Grid(NamedTuple):
     """Levels of a weight: code = clamp(floor(weight / step + offset), qmin, qmax).
 
     Args:
-        step: float32 [N, G], the distance of two levels; 0 where all weights of a group are.
+        step: float32 [N, G], the distance of two levels; 0 where all weights of a group are. G groups are as
+            wide as each other but for the last: ceil(K / G) columns.
         offset: 0 where levels lie in the middle between whole steps (mid-rise), 1/2 where they are whole
             steps (mid-tread).
         qmin, qmax: the smallest and the largest code.
@@ -126,6 +127,9 @@ class StatsQ(WeightQuantizer):
         """The grid of a weight, of step s / 2^(bits - 1)."""
         half = 1 << (self.bits - 1)
         _, scale = statsq_codes(weight, self.bits, self.group_size)
+        groups, columns = int(scale.shape[1]), weight[0].numel()
+        if groups > 1 and -(-columns // groups) != self.group_size:  # a last group that is much shorter
+            scale = scale.repeat_interleave(self.group_size, dim=1)[:, :columns]
         return Grid(scale / half, 0.0, -half, half - 1)
 
     @torch.no_grad()
