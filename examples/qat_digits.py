@@ -2,7 +2,8 @@
 
     python examples/qat_digits.py
 
-takes about two minutes on two CPU cores; nothing is downloaded. It shows what any training script needs: `olive.qat.prepare`, the same loop as before, `olive.qat.anneal` for the last epochs, `olive.qat.convert`.
+takes a few minutes on two CPU cores; nothing is downloaded. It shows what any training script needs:
+`olive.qat.prepare`, the same loop as before, `olive.qat.anneal` for the last epochs, `olive.qat.convert`.
 """
 
 from __future__ import annotations
