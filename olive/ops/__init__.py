@@ -17,6 +17,7 @@ from olive.ops.gpu import gpu_backend, has_packed_layout  # registers
 from olive.ops.lsq import lsq  # registers
 from olive.ops.online_hadamard import block_hadamard, block_size  # registers
 from olive.ops.statsq import statsq, statsq_codes, statsq_margin  # registers
+from olive.ops.uniform import uniform_decode, uniform_linear  # registers
 
 ovp_quantize = torch.ops.olive.ovp_quantize
 ovp_encode = torch.ops.olive.ovp_encode
@@ -54,4 +55,6 @@ __all__ = [
     "statsq",
     "statsq_codes",
     "statsq_margin",
+    "uniform_decode",
+    "uniform_linear",
 ]
