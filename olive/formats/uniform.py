@@ -55,7 +55,7 @@ def storage_bits(bits: int) -> int:
 
 def doubled_zero(bits: int, mid_rise: bool) -> int:
     """z: twice a level is 2 c - z."""
-    return 2**bits - 1 if mid_rise else 2**bits
+    return (1 << bits) - 1 if mid_rise else 1 << bits
 
 
 def uniform_codes_shape(out_features: int, in_features: int, bits: int) -> tuple[int, int]:
