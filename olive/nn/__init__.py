@@ -4,6 +4,7 @@ from olive.nn.activation_figures import ActivationFigures
 from olive.nn.ovp_experts import EXPERT_WEIGHTS, OVPExperts, OVPSortedExperts
 from olive.nn.ovp_linear import OVPConv1D, OVPLinear
 from olive.nn.ovp_weight import ACTIVATION_TENSORS, WEIGHT_TENSORS, OVPWeight
+from olive.nn.uniform_linear import UniformLinear
 
 __all__ = [
     "ACTIVATION_TENSORS",
@@ -15,4 +16,5 @@ __all__ = [
     "OVPLinear",
     "OVPSortedExperts",
     "OVPWeight",
+    "UniformLinear",
 ]

@@ -18,6 +18,7 @@ from olive.ops.lsq import lsq  # registers
 from olive.ops.online_hadamard import block_hadamard, block_size  # registers
 from olive.ops.oscillation import oscillation_  # registers
 from olive.ops.statsq import statsq, statsq_codes, statsq_margin  # registers
+from olive.ops.uniform import uniform_decode, uniform_linear  # registers
 
 ovp_quantize = torch.ops.olive.ovp_quantize
 ovp_encode = torch.ops.olive.ovp_encode
@@ -56,4 +57,6 @@ __all__ = [
     "statsq",
     "statsq_codes",
     "statsq_margin",
+    "uniform_decode",
+    "uniform_linear",
 ]
