@@ -65,10 +65,8 @@ def vision_transformer() -> ViTForImageClassification:
         image_size=8,
         patch_size=2,
         num_channels=1,
-        num_labels=10,
-        hidden_dropout_prob=0.0,
-        attention_probs_dropout_prob=0.0,
     )
+    config.num_labels = 10
     return ViTForImageClassification(config)
 
 

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 
 from olive import eval as eval  # light: its names are lazy as well
 from olive import presets as presets  # light likewise
+from olive import qat as qat  # light likewise
 from olive._lazy import lazy_attributes
 from olive.hf.register import register_when_imported
 

@@ -73,6 +73,22 @@ class Grid(NamedTuple):
         return position - position.round().clamp(self.qmin + 1, self.qmax)
 
 
+class Integers(NamedTuple):
+    """A weight as integers: value = step (code + 1/2) if mid_rise, else step code.
+
+    Args:
+        codes: int8 [N, K], -2^(bits - 1) .. 2^(bits - 1) - 1.
+        step: float32 [N, G].
+        mid_rise: as above.
+        group_size: columns that share a step; -1 = all.
+    """
+
+    codes: Tensor
+    step: Tensor
+    mid_rise: bool
+    group_size: int
+
+
 class WeightQuantizer(nn.Module):
     """What the quantizers of weights share.
 
@@ -86,6 +102,14 @@ class WeightQuantizer(nn.Module):
 
     def grid(self, weight: Tensor) -> Grid:
         """The grid on which this weight is quantized now; no gradient goes through it.
+
+        Args:
+            weight: float [N, ...].
+        """
+        raise NotImplementedError
+
+    def integers(self, weight: Tensor) -> Integers:
+        """What `forward` gives, as integers: the same levels, each code the same.
 
         Args:
             weight: float [N, ...].
@@ -133,6 +157,11 @@ class StatsQ(WeightQuantizer):
         return Grid(scale / half, 0.0, -half, half - 1)
 
     @torch.no_grad()
+    def integers(self, weight: Tensor) -> Integers:
+        codes, scale = statsq_codes(weight, self.bits, self.group_size)
+        return Integers(codes.flatten(1), scale / (1 << (self.bits - 1)), True, self.group_size)
+
+    @torch.no_grad()
     def margin(self, weight: Tensor) -> Tensor:
         margin: Tensor = statsq_margin(weight, self.bits, self.group_size)
         return margin
@@ -141,7 +170,36 @@ class StatsQ(WeightQuantizer):
         return f"{super().extra_repr()}, group_size={self.group_size}"
 
 
-class LSQWeight(WeightQuantizer):
+class ScaledWeight(WeightQuantizer):
+    """Levels at integer multiples of a scale per output channel; of 1 bit plus and minus that scale."""
+
+    def channel_scale(self, weight: Tensor) -> Tensor:
+        """The scale, float32 [N]."""
+        raise NotImplementedError
+
+    def forward(self, weight: Tensor) -> Tensor:
+        """The weight on its levels; gradients as `olive.ops.lsq` says."""
+        quantized: Tensor = lsq(weight, self.channel_scale(weight), self.bits, True, 0)
+        return quantized
+
+    @torch.no_grad()
+    def grid(self, weight: Tensor) -> Grid:
+        """The grid of a weight; 1 bit is mid-rise with twice the scale."""
+        step = local(self.channel_scale(weight)).clamp(min=LEAST_SCALE)[:, None]
+        if self.bits == 1:
+            return Grid(2 * step, 0.0, -1, 0)
+        return Grid(step, 0.5, *integer_range(self.bits, signed=True))
+
+    @torch.no_grad()
+    def integers(self, weight: Tensor) -> Integers:
+        step = self.channel_scale(weight).clamp(min=LEAST_SCALE)[:, None]
+        levels = lsq(weight.flatten(1).float(), step[:, 0], self.bits, True, 0) / step
+        if self.bits == 1:
+            return Integers((levels.round() - 1).div(2).to(torch.int8), 2 * step, True, PER_CHANNEL)
+        return Integers(levels.round().to(torch.int8), step, False, PER_CHANNEL)
+
+
+class LSQWeight(ScaledWeight):
     """Levels at integer multiples of a scale per output channel, which is learned (`olive.ops.lsq`).
 
     Args:
@@ -153,21 +211,11 @@ class LSQWeight(WeightQuantizer):
         super().__init__(bits)
         self.scale = nn.Parameter(lsq_initial_scale(weight, bits, signed=True, dim=0))
 
-    def forward(self, weight: Tensor) -> Tensor:
-        """The weight on its levels; gradients as `olive.ops.lsq` says."""
-        quantized: Tensor = lsq(weight, self.scale.float(), self.bits, True, 0)
-        return quantized
-
-    @torch.no_grad()
-    def grid(self, weight: Tensor) -> Grid:
-        """The grid of a weight, of the learned step; 1 bit is mid-rise with twice that."""
-        step = local(self.scale.detach()).float().clamp(min=LEAST_SCALE)[:, None]
-        if self.bits == 1:
-            return Grid(2 * step, 0.0, -1, 0)
-        return Grid(step, 0.5, *integer_range(self.bits, signed=True))
+    def channel_scale(self, weight: Tensor) -> Tensor:
+        return self.scale.float()
 
 
-class MinMax(WeightQuantizer):
+class MinMax(ScaledWeight):
     """Levels at integer multiples of each output channel's largest magnitude / qmax: for many bits.
 
     It has nothing to learn, so layers that share a weight share its grid.
@@ -176,19 +224,6 @@ class MinMax(WeightQuantizer):
         bits: 1 to 8.
     """
 
-    def forward(self, weight: Tensor) -> Tensor:
-        """The weight on its levels; its gradient reaches the weight as it is."""
-        quantized: Tensor = lsq(weight, self._scale(weight), self.bits, True, 0)
-        return quantized
-
-    def _scale(self, weight: Tensor) -> Tensor:
+    def channel_scale(self, weight: Tensor) -> Tensor:
         _, qmax = integer_range(self.bits, signed=True)
-        return (weight.detach().flatten(1).abs().amax(1).float() / qmax).clamp(min=LEAST_SCALE)
-
-    @torch.no_grad()
-    def grid(self, weight: Tensor) -> Grid:
-        """The grid of a weight; 1 bit is mid-rise with twice the step."""
-        step = self._scale(weight)[:, None]
-        if self.bits == 1:
-            return Grid(2 * step, 0.0, -1, 0)
-        return Grid(step, 0.5, *integer_range(self.bits, signed=True))
+        return weight.detach().flatten(1).abs().amax(1).float() / qmax

@@ -69,6 +69,15 @@ def prepared_config(model: nn.Module) -> QATConfig | None:
     return vars(model).get(_CONFIG)
 
 
+def unprepare(model: nn.Module) -> None:
+    """Forget on the model that it was prepared, once its layers are exchanged."""
+    for name in (_CONFIG, _READY):
+        vars(model).pop(name, None)
+    hooks = model._forward_pre_hooks
+    for key in [key for key, hook in hooks.items() if hook is _refuse_unset_shards]:
+        del hooks[key]
+
+
 def quantizers(model: nn.Module) -> dict[str, ActivationQuantizer]:
     """Every quantizer of activations by its full name."""
     return {name: module for name, module in model.named_modules() if isinstance(module, ActivationQuantizer)}
