@@ -51,7 +51,7 @@ def load_tokenizer(model: Any) -> Any:
     return AutoTokenizer.from_pretrained(model.name_or_path)
 
 
-def _own_config(model: Any) -> None:
+def own_config(model: Any) -> None:
     """Give `model` a config of its own: two models built from one object must not both look quantized."""
     copies: dict[int, Any] = {}
     before = model.config
@@ -101,7 +101,7 @@ def mark_quantized(model: nn.Module, config: QuantConfig) -> None:
     from olive.hf.hf_quantizer import OliveHfQuantizer
 
     for top in outermost(models).values():
-        _own_config(top)
+        own_config(top)
         top.config.quantization_config = OliveConfig.of(config)
         align_(top)
     for inner in models.values():

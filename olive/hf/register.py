@@ -12,7 +12,7 @@ _waiting = False
 
 
 def _register(auto: ModuleType) -> None:
-    """Add config and quantizer to transformers' tables, and transformers to our frameworks.
+    """Add configs and quantizers to transformers' tables, and transformers to our frameworks.
 
     Args:
         auto: `transformers.quantizers.auto`.
@@ -20,6 +20,8 @@ def _register(auto: ModuleType) -> None:
     from olive.frameworks import Framework, register_framework
     from olive.hf.config import OliveConfig
     from olive.hf.hf_quantizer import OliveHfQuantizer
+    from olive.hf.qat_config import QAT_METHOD, OliveQATConfig
+    from olive.hf.qat_quantizer import OliveQATHfQuantizer, mark_converted
     from olive.hf.quantizer import (
         load_tokenizer,
         mark_quantized,
@@ -35,12 +37,18 @@ def _register(auto: ModuleType) -> None:
             mark=mark_quantized,
             unmark=unmark_quantized,
             tokenizer=load_tokenizer,
+            mark_converted=mark_converted,
         )
     )
-    if QUANT_METHOD not in auto.AUTO_QUANTIZATION_CONFIG_MAPPING:
-        auto.register_quantization_config(QUANT_METHOD)(OliveConfig)
-    if QUANT_METHOD not in auto.AUTO_QUANTIZER_MAPPING:
-        auto.register_quantizer(QUANT_METHOD)(OliveHfQuantizer)
+    methods = (
+        (QUANT_METHOD, OliveConfig, OliveHfQuantizer),
+        (QAT_METHOD, OliveQATConfig, OliveQATHfQuantizer),
+    )
+    for method, config, quantizer in methods:
+        if method not in auto.AUTO_QUANTIZATION_CONFIG_MAPPING:
+            auto.register_quantization_config(method)(config)
+        if method not in auto.AUTO_QUANTIZER_MAPPING:
+            auto.register_quantizer(method)(quantizer)
 
 
 def register_when_imported() -> None:

@@ -1,0 +1,90 @@
+"""What a checkpoint says of layers that hold integers, and how such layers are built from that."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from torch import nn
+
+from olive.nn import UniformConv2d, UniformEmbedding, UniformLinear
+from olive.nn.origin import take_over
+
+WHERE = "quantization_config.layers"
+_SIZES = ("kernel_size", "stride", "padding")
+
+
+def describe(model: nn.Module) -> dict[str, dict[str, Any]]:
+    """Every layer of integers by its full name: kind, and what it is built with, as plain values."""
+    found: dict[str, dict[str, Any]] = {}
+    inside: set[nn.Module] = set()
+    for name, module in model.named_modules():
+        if isinstance(module, UniformEmbedding):
+            found[name] = {"kind": "embedding", **_packed(module.packed)}
+            inside.add(module.packed)
+        elif isinstance(module, UniformConv2d):
+            sizes = {key: list(getattr(module, key)) for key in _SIZES}
+            found[name] = {"kind": "conv2d", **_packed(module.packed), **sizes}
+            inside.add(module.packed)
+        elif isinstance(module, UniformLinear) and module not in inside:
+            found[name] = {"kind": "linear", **_packed(module)}
+    return found
+
+
+def _packed(layer: UniformLinear) -> dict[str, Any]:
+    return {
+        "in_features": layer.in_features,
+        "out_features": layer.out_features,
+        "bias": layer.bias is not None,
+        "bits": layer.bits,
+        "mid_rise": layer.mid_rise,
+        "group_size": layer.group_size,
+        "input_bits": layer.input_bits,
+        "input_signed": layer.input_signed,
+        "input_tokens": 1 if layer.input_scale is None else int(layer.input_scale.shape[0]),
+        "input_offset": layer.input_offset is not None,
+    }
+
+
+def build(name: str, description: Mapping[str, Any], replaced: nn.Module) -> nn.Module:
+    """An empty layer in the place of a float one, on its device.
+
+    Args:
+        name: of the layer, for errors.
+        description: from `describe`.
+        replaced: the float layer.
+
+    Raises:
+        ValueError: a kind, a field or a value that this version does not know, or a layer of another size.
+    """
+    values = dict(description)
+    kind = values.pop("kind", None)
+    sizes = {key: values.pop(key) for key in _SIZES if key in values}
+    weight = getattr(replaced, "weight", None)
+    if weight is None or (values.get("out_features"), values.get("in_features")) not in _shapes(weight):
+        raise ValueError(
+            f"{WHERE}.{name}: expected a layer of the model's size, got {type(replaced).__name__} "
+            f"{None if weight is None else tuple(weight.shape)} for {dict(description)}"
+        )
+    try:
+        packed = UniformLinear(**values, device=weight.device, dtype=weight.dtype)
+        if kind == "linear":
+            new: nn.Module = packed
+        elif kind == "embedding":
+            new = UniformEmbedding(packed)
+        elif kind == "conv2d":
+            new = UniformConv2d(packed, **{key: tuple(value) for key, value in sizes.items()})
+        else:
+            raise ValueError(f"expected kind linear, embedding or conv2d, got {kind!r}")
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"{WHERE}.{name}: {error}") from None
+    take_over(new, replaced)
+    for module in new.modules():
+        module._is_hf_initialized = True  # type: ignore[assignment]  # transformers must not fill it
+    return new
+
+
+def _shapes(weight: Any) -> tuple[tuple[int, int], ...]:
+    """(N, K) of a float weight: as it is, and as transformers' Conv1D holds it."""
+    rows, columns = int(weight.shape[0]), int(weight[0].numel())
+    return (rows, columns), (columns, rows)
