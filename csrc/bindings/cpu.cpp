@@ -5,15 +5,13 @@
 #include <string>
 #include <vector>
 
-#include "bindings/arguments.h"
+#include "bindings/cpu_arguments.h"
 #include "cpu/api.h"
 
 namespace py = pybind11;
 
 namespace olive {
 namespace {
-
-Isa isa_of(const std::string& name) { return name.empty() ? default_isa() : isa_from_name(name); }
 
 // Any 32 bytes are safe; whether they are a codebook, the operators check.
 Codebook codebook_at(uintptr_t address) { return read_codebook(pointer<const int8_t>("codebook", address)); }
@@ -265,6 +263,7 @@ PYBIND11_MODULE(OLIVE_CPU_MODULE, module) {
   module.def("quantize8", &olive::quantize8);
   module.def("decode8", &olive::decode8);
   module.def("linear8", &olive::linear8);
+  olive::bind_training(module);
   module.def("supported_isas", &olive::supported_isas);
   module.def("default_isa", [] { return std::string(olive::isa_name(olive::default_isa())); });
 }

@@ -70,4 +70,19 @@ struct Linear8Arguments {
 };
 void ovp8_linear(Isa isa, const Linear8Arguments& arguments);
 
+void statsq(Isa isa, const StatsQ& q);
+
+// Values [outer, size, inner] with `size` scales along the middle.
+struct LsqArguments {
+  Lsq values;
+  int64_t outer, size, inner;
+  const float* scale;  // [size]
+};
+void lsq(Isa isa, const LsqArguments& arguments);
+
+// grad_scale: [size]. The same bits with any number of threads.
+void lsq_backward(Isa isa, const LsqArguments& arguments, float* grad_scale);
+
+void oscillation(Isa isa, const Oscillation& q);
+
 }  // namespace olive

@@ -15,6 +15,14 @@ namespace {
 
 #include "cpu/decode8.inl"
 
+#include "cpu/training_lanes.inl"
+
+#include "cpu/statsq.inl"
+
+#include "cpu/lsq.inl"
+
+#include "cpu/oscillation.inl"
+
 #include "cpu/activations.inl"
 
 #include "cpu/quantize_activations.inl"

@@ -5,6 +5,7 @@
 
 #include "core/floats.h"
 #include "core/ovp.h"
+#include "cpu/training.h"
 
 namespace olive {
 
@@ -17,6 +18,7 @@ constexpr int kTileRows = 96;
 constexpr int kPackRows = 16;    // rows interleaved in a packed block
 constexpr int kPackColumns = 8;  // columns in one 32-bit lane of it
 constexpr int kVectorBytes = 64;
+constexpr int kLanes = 16;    // of the vectors in lanes.h
 constexpr int kOffset = 128;  // byte kernels hold a weight as the unsigned byte level + 128
 
 // One weight [N, K] and its activations [M, K], packed for the kernels.
@@ -181,6 +183,15 @@ struct Kernels {
   void (*float_rows)(const void* x, Float type, int64_t k, int64_t stride, int64_t begin, int64_t end, float* to);
   // Outputs [m_begin, m_end) x rows of the weight [begin, end).
   void (*linear8)(const Linear8&, int64_t m_begin, int64_t m_end, int64_t begin, int64_t end);
+  // Rows [begin, end) of a weight in training.
+  void (*statsq_rows)(const StatsQ&, int64_t begin, int64_t end);
+  void (*oscillation_rows)(const Oscillation&, int64_t begin, int64_t end);
+  // `count` values from `at` with one scale; backward: their sum for its gradient.
+  void (*lsq_run)(const Lsq&, int64_t at, int64_t count, float scale);
+  double (*lsq_run_backward)(const Lsq&, int64_t at, int64_t count, float scale);
+  // Rows [begin, end) with a scale per column, whole lanes of them; backward: adds to the columns' sums, likewise.
+  void (*lsq_rows)(const Lsq&, int64_t columns, const float* scale, int64_t begin, int64_t end);
+  void (*lsq_rows_backward)(const Lsq&, int64_t columns, const float* scale, int64_t begin, int64_t end, double* sums);
 };
 
 // Defined once per instruction set, in namespaces of the same name; on x86 only, but for the first.

@@ -15,7 +15,6 @@
 namespace olive {
 namespace {
 
-constexpr int kLanes = 16;
 typedef float F16 __attribute__((vector_size(64)));
 typedef int32_t I16 __attribute__((vector_size(64)));
 typedef uint32_t U16 __attribute__((vector_size(64)));

@@ -6,19 +6,10 @@
 #include <vector>
 
 #include "cpu/api.h"
+#include "cpu/parallel.h"
 
 namespace olive {
 namespace {
-
-// Rows handed to a thread at once: enough work to pay for a turn, few enough to balance.
-int64_t rows_per_turn(int64_t columns) { return std::max<int64_t>(1, 65536 / std::max<int64_t>(columns, 1)); }
-
-template <class Body>
-void for_rows(int64_t rows, int64_t turn, Body body) {
-  const int64_t turns = (rows + turn - 1) / turn;
-#pragma omp parallel for schedule(dynamic) if (turns > 1)
-  for (int64_t i = 0; i < turns; ++i) body(i * turn, std::min(rows, (i + 1) * turn));
-}
 
 void encode(const Kernels& kernels, const Weight& weight, const Codebook& book, bool paper_pairing,
             const float* importance, const int16_t* scale, uint8_t* codes) {

@@ -77,6 +77,14 @@ class _Rounded(NamedTuple):
     inside: Tensor  # of the clamp
 
 
+def shape_around(input: Tensor, scale: Tensor, dim: int) -> tuple[int, int, int]:
+    """The input as kernels see it: (values before, scales, values after) `dim`; one scale: (1, 1, all)."""
+    if scale.shape[0] == 1:
+        return 1, 1, input.numel()
+    place = dim % input.dim()
+    return math.prod(input.shape[:place]), int(scale.shape[0]), math.prod(input.shape[place + 1 :])
+
+
 def _shared(tensor: Tensor, scale: Tensor, dim: int) -> list[int]:
     """The scale's shape beside a tensor."""
     shape = [1] * tensor.dim()

@@ -15,6 +15,9 @@ the range around thresholds: Liu et al., arXiv:2302.02210, confidence-guided ann
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 import torch
 from torch import Tensor
 
@@ -66,6 +69,16 @@ def check_oscillation(
     check_tensor("direction", direction, torch.int8, tuple(weight.shape))
     check_tensor("frequency", frequency, torch.float32, tuple(weight.shape))
     check_device(weight=weight, step=step, codes=codes, direction=direction, frequency=frequency)
+
+
+@contextmanager
+def dense_state(*tensors: Tensor) -> Iterator[tuple[Tensor, ...]]:
+    """What a kernel updates, without gaps between the values; copied back where there were some."""
+    dense = tuple(tensor.contiguous() for tensor in tensors)
+    yield dense
+    for tensor, copy in zip(tensors, dense, strict=True):
+        if copy.data_ptr() != tensor.data_ptr():
+            tensor.copy_(copy)
 
 
 @torch.library.register_fake("olive::oscillation_", lib=library)
