@@ -16,6 +16,7 @@ from olive.ops.float_activations import linear_float_activations  # registers
 from olive.ops.gpu import gpu_backend, has_packed_layout  # registers
 from olive.ops.lsq import lsq  # registers
 from olive.ops.online_hadamard import block_hadamard, block_size  # registers
+from olive.ops.oscillation import oscillation_  # registers
 from olive.ops.statsq import statsq, statsq_codes, statsq_margin  # registers
 
 ovp_quantize = torch.ops.olive.ovp_quantize
@@ -39,6 +40,7 @@ __all__ = [
     "has_packed_layout",
     "linear_float_activations",
     "lsq",
+    "oscillation_",
     "ovp8_decode",
     "ovp8_linear",
     "ovp8_quantize",

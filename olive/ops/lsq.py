@@ -51,16 +51,23 @@ def check_lsq(input: Tensor, scale: Tensor, bits: int, dim: int) -> None:
     check_device(input=input, scale=scale)
 
 
+def check_lsq_backward(grad: Tensor, input: Tensor, scale: Tensor, bits: int, dim: int) -> None:
+    """Check the arguments, not their values."""
+    check_lsq(input, scale, bits, dim)
+    check_tensor("grad", grad, input.dtype, tuple(input.shape))
+    check_device(grad=grad, input=input)
+
+
 @torch.library.register_fake("olive::lsq", lib=library)
 def _(input, scale, bits, signed, dim):  # type: ignore[no-untyped-def]
     check_lsq(input, scale, bits, dim)
-    return torch.empty_like(input)
+    return torch.empty_like(input, memory_format=torch.contiguous_format)
 
 
 @torch.library.register_fake("olive::lsq_backward", lib=library)
 def _(grad, input, scale, bits, signed, dim):  # type: ignore[no-untyped-def]
-    check_lsq(input, scale, bits, dim)
-    return torch.empty_like(input), torch.empty_like(scale)
+    check_lsq_backward(grad, input, scale, bits, dim)
+    return torch.empty_like(input, memory_format=torch.contiguous_format), scale.new_empty(scale.shape)
 
 
 class _Rounded(NamedTuple):
@@ -88,7 +95,7 @@ def _round(input: Tensor, scale: Tensor, bits: int, signed: bool, dim: int) -> _
 
 
 def lsq_reference(input: Tensor, scale: Tensor, bits: int, signed: bool, dim: int) -> Tensor:
-    """The input on its levels, in its own shape and dtype.
+    """The input on its levels, in its own shape and dtype, contiguous. NaN stays NaN, but for signed 1 bit.
 
     Args:
         input: float32, bfloat16 or float16 [...].
@@ -102,19 +109,19 @@ def lsq_reference(input: Tensor, scale: Tensor, bits: int, signed: bool, dim: in
     """
     check_lsq(input, scale, bits, dim)
     found = _round(input, scale, bits, signed, dim)
-    return (found.codes * found.scale).to(input.dtype)
+    return (found.codes * found.scale).to(input.dtype).contiguous()
 
 
 def lsq_backward_reference(
     grad: Tensor, input: Tensor, scale: Tensor, bits: int, signed: bool, dim: int
 ) -> tuple[Tensor, Tensor]:
-    """Gradients of `lsq` with respect to the input, in its dtype, and to the scale, float32.
+    """Gradients of `lsq` with respect to the input, in its dtype, contiguous, and to the scale, float32.
 
     Args:
-        grad: of the result.
+        grad: of the result, in its dtype and shape.
         input, scale, bits, signed, dim: as for `lsq_reference`.
     """
-    check_lsq(input, scale, bits, dim)
+    check_lsq_backward(grad, input, scale, bits, dim)
     found = _round(input, scale, bits, signed, dim)
     grad = grad.float()
     by_scale = grad * torch.where(found.inside, found.codes - found.steps, found.codes)
@@ -122,7 +129,8 @@ def lsq_backward_reference(
     _, qmax = integer_range(bits, signed)
     shared = max(1, input.numel() // int(scale.shape[0]))
     total = by_scale.sum(others) if others else by_scale
-    return (grad * found.inside).to(input.dtype), total.view(scale.shape) / math.sqrt(qmax * shared)
+    grad_input = (grad * found.inside).to(input.dtype).contiguous()
+    return grad_input, total.view(scale.shape) / math.sqrt(qmax * shared)
 
 
 def lsq_initial_scale(input: Tensor, bits: int, signed: bool, dim: int | None) -> Tensor:

@@ -6,7 +6,8 @@ With b bits, n = 2^(b - 1), and s twice the mean magnitude of an output channel 
 
 Levels lie in the middle between thresholds ("mid-rise"): there is no zero, and every level is an odd integer
 times s / (2 n), so products of codes are exact. The scale follows from the weights alone, at each call; no
-gradient goes through it. Schema, checks, and the definition in plain PyTorch, which serves every device.
+gradient goes through it. Magnitudes are summed in float64, so that the order of the sum practically never
+shows in the scale. Schema, checks, and the definition in plain PyTorch, which serves every device.
 
 Source: Liu et al., "Oscillation-free Quantization for Low-bit Vision Transformers", arXiv:2302.02210. It
 clips w / s to 1 - 1e-6 and rounds to even, which gives bfloat16 and 1 bit levels that do not exist; elsewhere
@@ -21,6 +22,7 @@ import torch
 from torch import Tensor
 
 from olive.ops.schemas import check_float, library
+from olive.ops.thresholds import code_of, threshold_distance
 
 PER_CHANNEL = -1
 MAX_BITS = 8
@@ -71,7 +73,7 @@ def _steps(weight: Tensor, bits: int, group_size: int) -> tuple[Tensor, Tensor]:
     padded = torch.nn.functional.pad(values, (0, groups * width - columns)).view(rows, groups, width)
     counts = torch.full((groups,), width, dtype=torch.float32, device=weight.device)
     counts[-1] = columns - (groups - 1) * width
-    scale = 2 * padded.abs().sum(-1) / counts
+    scale = 2 * padded.abs().sum(-1, dtype=torch.float64).float() / counts
     steps = padded * (1 << (bits - 1)) / torch.where(scale > 0, scale, 1.0)[..., None]
     return steps.view(rows, -1)[:, :columns], scale
 
@@ -80,7 +82,8 @@ def statsq_codes_reference(weight: Tensor, bits: int, group_size: int) -> tuple[
     """Codes and scales.
 
     Args:
-        weight: float32, bfloat16 or float16 [N, ...], finite; K values in each of its N output channels.
+        weight: float32, bfloat16 or float16 [N, ...]; K values in each of its N output channels. A NaN or
+            an infinity makes its group's scale, and so its levels, one too; NaN steps have code 0.
         bits: 1 to 8.
         group_size: values of a channel that share a scale, the last ones may be fewer; -1: all.
 
@@ -93,7 +96,7 @@ def statsq_codes_reference(weight: Tensor, bits: int, group_size: int) -> tuple[
     """
     steps, scale = _steps(weight, bits, group_size)
     half = 1 << (bits - 1)
-    return steps.floor().clamp(-half, half - 1).to(torch.int8).reshape(weight.shape), scale
+    return code_of(steps, -half, half - 1).to(torch.int8).reshape(weight.shape), scale
 
 
 def statsq_margin_reference(weight: Tensor, bits: int, group_size: int) -> Tensor:
@@ -110,8 +113,8 @@ def statsq_margin_reference(weight: Tensor, bits: int, group_size: int) -> Tenso
     Source: arXiv:2302.02210, the boundary range of its section on confidence-guided annealing.
     """
     steps, _ = _steps(weight, bits, group_size)
-    last = (1 << (bits - 1)) - 1
-    return (steps - steps.round().clamp(-last, last)).abs().reshape(weight.shape)
+    half = 1 << (bits - 1)
+    return threshold_distance(steps, -half, half - 1).reshape(weight.shape)
 
 
 def statsq_reference(weight: Tensor, bits: int, group_size: int) -> Tensor:

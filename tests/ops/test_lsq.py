@@ -90,6 +90,15 @@ def test_as_an_operator() -> None:
     torch.library.opcheck(torch.ops.olive.lsq_backward.default, plain)
 
 
+def test_results_are_contiguous_whatever_the_input_is() -> None:
+    input, scale = _input(8, 6).T, torch.full((6,), 0.3)
+    found = ops.lsq(input, scale, 3, True, 0)
+    grad_input, _ = torch.ops.olive.lsq_backward(input, input, scale, 3, True, 0)
+    assert found.is_contiguous() and grad_input.is_contiguous()
+    torch.library.opcheck(torch.ops.olive.lsq.default, (input, scale, 3, True, 0))
+    torch.library.opcheck(torch.ops.olive.lsq_backward.default, (input, input, scale, 3, True, 0))
+
+
 def test_bad_arguments() -> None:
     input, scale = _input(3, 8), torch.ones(8)
     with pytest.raises(ValueError, match="bits: expected 1 to 8, got 0"):
@@ -102,3 +111,10 @@ def test_bad_arguments() -> None:
         ops.lsq(input, scale.double(), 4, True, 1)
     with pytest.raises(TypeError, match="input: expected float32, bfloat16 or float16"):
         ops.lsq(input.long(), scale, 4, True, 1)
+    backward = torch.ops.olive.lsq_backward
+    with pytest.raises(TypeError, match=r"grad: expected torch\.float32, got torch\.bfloat16"):
+        backward(input.bfloat16(), input, scale, 4, True, 1)
+    with pytest.raises(ValueError, match=r"grad: expected shape \(3, 8\), got \(2, 8\)"):
+        backward(input[:2], input, scale, 4, True, 1)
+    with pytest.raises(ValueError, match="expected every tensor on one device"):
+        backward(input.to("meta"), input, scale, 4, True, 1)

@@ -70,6 +70,26 @@ def test_zeros_stay_zeros() -> None:
     assert not bool(found[1].any()) and bool(torch.isfinite(found).all())
 
 
+def test_a_nan_or_an_infinity_spoils_its_group_and_no_code() -> None:
+    weight = _weight(3, 32)
+    weight[0, 3], weight[1, 20] = float("nan"), float("inf")
+    found = ops.statsq(weight, 3, 16)
+    assert torch.equal(found[0].isnan(), torch.arange(32) < 16)
+    assert bool(found[1, 16:].isinf().all()) and bool(torch.isfinite(found[1, :16]).all())
+    codes, _ = ops.statsq_codes(weight, 3, 16)
+    assert codes[0, 3] == codes[1, 20] == 0
+    assert int(codes.min()) >= -4 and int(codes.max()) <= 3
+
+
+def test_the_scale_does_not_depend_on_the_order_of_the_sum() -> None:
+    weight = torch.randn(4, 100_000)
+    _, scale = ops.statsq_codes(weight, 4, -1)
+    exact = (2 * weight.double().abs().mean(1, keepdim=True)).float()
+    assert torch.allclose(scale, exact, rtol=2**-23)
+    _, turned = ops.statsq_codes(weight.flip(1), 4, -1)
+    assert torch.equal(scale, turned)
+
+
 def test_the_gradient_passes_straight_through() -> None:
     weight = (3 * _weight(6, 20)).requires_grad_()
     grad = _weight(6, 20, seed=1)
