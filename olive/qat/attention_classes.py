@@ -83,6 +83,13 @@ def attention_of(module: nn.Module) -> Attention | None:
     return ATTENTIONS.get(f"{cls.__module__}.{cls.__qualname__}")
 
 
+def projections_of(module: nn.Module) -> tuple[str, ...]:
+    """Names of the linear layers of an attention of a known class."""
+    attention = attention_of(module)
+    assert attention is not None
+    return attention.projections
+
+
 def is_rotary(module: nn.Module) -> bool:
     """Whether a known attention module rotates queries and keys, so that QKR cannot serve it.
 

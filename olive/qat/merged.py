@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from olive.qat.latent import LatentWeight
-from olive.qat.weight_quantizers import StatsQ
+from olive.qat.weight_quantizers import StatsQ, local
 
 
 def _whole(tensor: Tensor) -> Tensor:
@@ -82,6 +82,15 @@ class MergedWeight(LatentWeight):
         """M, frozen entries as they are held; float32 [H C, C], a copy."""
         with torch.no_grad():
             return self._effective()
+
+    def trained(self) -> Tensor:
+        """M with gradients to W_q and W_k, float32 [H C, C]."""
+        return self._effective()
+
+    def version(self) -> tuple[int, ...]:
+        tensors = [local(one.weight) for one in self._projections]
+        tensors += [] if self.held is None else [self.held]
+        return tuple(part for one in tensors for part in (one.data_ptr(), one._version))
 
     def key_bias(self) -> Tensor | None:
         """u^h = (W_k^g(h))^T b_q^h, float32 [H, C]: what the queries' bias adds to the logits of a key."""

@@ -10,12 +10,14 @@ from torch import Tensor, nn
 from olive.nn.ovp_weight import OVPWeight
 from olive.ptq.batches import run_batches
 from olive.qat.activation_quantizer import ActivationQuantizer
+from olive.qat.attention import QATAttention
+from olive.qat.attention_classes import ATTENTIONS, find_attentions, projections_of, unknown_attentions
 from olive.qat.config import QATConfig
 from olive.qat.latent import LatentWeight
 from olive.qat.layers import QATConv1D, QATConv2d, QATEmbedding, QATLayer, QATLinear
 from olive.qat.selection import Layer, Selection, select
 from olive.qat.weight_quantizers import LSQWeight, MinMax, StatsQ, WeightQuantizer
-from olive.walk import check_skip, exchange
+from olive.walk import check_skip, exchange, skip_matches
 
 _CONFIG = "_olive_qat_config"
 _READY = "_olive_qat_ready"
@@ -136,7 +138,54 @@ def check_finite(name: str, weight: Tensor) -> None:
 
 
 def _replacements(model: nn.Module, config: QATConfig, selection: Selection) -> dict[nn.Module, nn.Module]:
-    return {layer.module: quantized_layer(layer, config) for layer in selection.layers}
+    """New modules for attentions with the layers in them, if they are asked for, and for all other layers."""
+    layers = {layer.module: layer for layer in selection.layers}
+
+    def make_linear(linear: nn.Linear) -> QATLinear:
+        new = quantized_layer(layers.pop(linear), config)
+        assert isinstance(new, QATLinear)
+        return new
+
+    new: dict[nn.Module, nn.Module] = {}
+    if config.qkr or config.quantize_attention:
+        for name, module in _attentions(model, config).items():
+            missing = [key for key in projections_of(module) if module._modules[key] not in layers]
+            if missing:
+                raise ValueError(
+                    f"{name}: expected projections that are all quantized, got {', '.join(missing)} left "
+                    f"out; put the whole attention into skip, or none of its projections"
+                )
+            new[module] = QATAttention.of(module, config, name, make_linear)
+            for key in projections_of(module):
+                layers.pop(module.get_submodule(key), None)  # merged ones
+    return {**new, **{module: quantized_layer(layer, config) for module, layer in layers.items()}}
+
+
+def _attentions(model: nn.Module, config: QATConfig) -> dict[str, nn.Module]:
+    """Attentions to quantize.
+
+    Raises:
+        ValueError: one of a class that is not known, or no attention at all.
+    """
+    asked = "qkr" if config.qkr else "quantize_attention"
+    unknown = [name for name in unknown_attentions(model) if skip_matches(name, config.skip) is None]
+    if unknown:
+        cls = type(model.get_submodule(unknown[0])).__name__
+        raise ValueError(
+            f"{unknown[0]}: expected an attention that {asked} knows ({', '.join(sorted(ATTENTIONS))}), got "
+            f"{cls}; use {asked}=False, or put it into skip"
+        )
+    found = {
+        name: module
+        for name, module in find_attentions(model).items()
+        if skip_matches(name, config.skip) is None
+    }
+    if not found:
+        raise ValueError(
+            f"{asked}: expected a model with attention of a known class ({', '.join(sorted(ATTENTIONS))}), "
+            f"got a {type(model).__name__} without; use {asked}=False"
+        )
+    return found
 
 
 def quantized_layer(layer: Layer, config: QATConfig) -> QATLayer:
