@@ -181,6 +181,15 @@ def test_scales_and_offsets_have_their_shapes(qkr: bool, offsets: bool, granular
             assert value.grad is not None, key
 
 
+def test_only_layers_inputs_are_quantized_where_the_config_says_so() -> None:
+    config = QATConfig(qkr=True, activation_bits=4, quantize_attention=False)
+    attention = prepare(build("vit"), config)
+    attention(hidden())
+    assert attention.input_quantizer.is_initialized
+    quantizers = (f"{which}_quantizer" for which in ("query", "key", "value", "probability"))
+    assert all(getattr(attention, name) is None for name in quantizers)
+
+
 @pytest.mark.parametrize("name", ["vit", "smollm3"])
 @pytest.mark.parametrize("more", [{}, PER_TOKEN])
 def test_merged_logits_come_of_levels(name: str, more: dict[str, Any]) -> None:
