@@ -340,6 +340,19 @@ def test_a_cache_holds_quantized_keys_and_serves_token_by_token() -> None:
     assert bool(((codes - codes.round()).abs() <= 1e-4).all())
 
 
+def test_of_an_encoder_decoder_s_caches_the_one_of_self_attention_is_used() -> None:
+    from transformers import DynamicCache, EncoderDecoderCache
+
+    module = build("bert")
+    module.layer_idx = 0
+    attention = prepare(module, SEPARATE)
+    caches = EncoderDecoderCache(DynamicCache(), DynamicCache())
+    attention(hidden(), past_key_values=caches)
+    _, probabilities = attention(hidden(length=1), past_key_values=caches)
+    assert probabilities.shape[-1] == caches.self_attention_cache.get_seq_length() == 6
+    assert caches.cross_attention_cache.get_seq_length() == 0
+
+
 def _replaced(model: nn.Module, config: QATConfig) -> nn.Module:
     found = find_attentions(model)
     assert found
