@@ -105,7 +105,10 @@ class QATAttention(nn.Module):
         return new
 
     def to_float(self) -> nn.Module:
-        """The replaced module, with the projections' latent weights; parameters are shared."""
+        """The replaced module, with the projections' latent weights; parameters are shared.
+
+        What frozen entries of the merged weight hold is not in it.
+        """
         new = self.origin.rebuild({})
         for name, child in self._modules.items():
             if isinstance(child, QATLinear):

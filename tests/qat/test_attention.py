@@ -181,6 +181,15 @@ def test_scales_and_offsets_have_their_shapes(qkr: bool, offsets: bool, granular
             assert value.grad is not None, key
 
 
+def test_only_layers_inputs_are_quantized_where_the_config_says_so() -> None:
+    config = QATConfig(qkr=True, activation_bits=4, quantize_attention=False)
+    attention = prepare(build("vit"), config)
+    attention(hidden())
+    assert attention.input_quantizer.is_initialized
+    quantizers = (f"{which}_quantizer" for which in ("query", "key", "value", "probability"))
+    assert all(getattr(attention, name) is None for name in quantizers)
+
+
 @pytest.mark.parametrize("name", ["vit", "smollm3"])
 @pytest.mark.parametrize("more", [{}, PER_TOKEN])
 def test_merged_logits_come_of_levels(name: str, more: dict[str, Any]) -> None:
@@ -329,6 +338,19 @@ def test_a_cache_holds_quantized_keys_and_serves_token_by_token() -> None:
     scale = float(attention.key_quantizer.scale.detach())
     codes = cache.layers[0].keys / scale
     assert bool(((codes - codes.round()).abs() <= 1e-4).all())
+
+
+def test_of_an_encoder_decoder_s_caches_the_one_of_self_attention_is_used() -> None:
+    from transformers import DynamicCache, EncoderDecoderCache
+
+    module = build("bert")
+    module.layer_idx = 0
+    attention = prepare(module, SEPARATE)
+    caches = EncoderDecoderCache(DynamicCache(), DynamicCache())
+    attention(hidden(), past_key_values=caches)
+    _, probabilities = attention(hidden(length=1), past_key_values=caches)
+    assert probabilities.shape[-1] == caches.self_attention_cache.get_seq_length() == 6
+    assert caches.cross_attention_cache.get_seq_length() == 0
 
 
 def _replaced(model: nn.Module, config: QATConfig) -> nn.Module:
