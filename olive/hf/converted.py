@@ -9,6 +9,9 @@ from torch import nn
 
 from olive.nn import UniformConv2d, UniformEmbedding, UniformLinear
 from olive.nn.origin import take_over
+from olive.qat.attention import QATAttention
+from olive.qat.packed_attention import describe_attention, empty_attention
+from olive.qat.packed_merged import PackedMergedWeight
 
 WHERE = "quantization_config.layers"
 _SIZES = ("kernel_size", "stride", "padding")
@@ -19,16 +22,31 @@ def describe(model: nn.Module) -> dict[str, dict[str, Any]]:
     found: dict[str, dict[str, Any]] = {}
     inside: set[nn.Module] = set()
     for name, module in model.named_modules():
-        if isinstance(module, UniformEmbedding):
+        if module in inside:
+            continue
+        if isinstance(module, QATAttention):
+            inside.update(module.modules())
+            layers = describe_layers(module)
+            found[name] = {"kind": "attention", **describe_attention(module), "layers": layers}
+        elif isinstance(module, UniformEmbedding):
             found[name] = {"kind": "embedding", **_packed(module.packed)}
             inside.add(module.packed)
         elif isinstance(module, UniformConv2d):
             sizes = {key: list(getattr(module, key)) for key in _SIZES}
             found[name] = {"kind": "conv2d", **_packed(module.packed), **sizes}
             inside.add(module.packed)
-        elif isinstance(module, UniformLinear) and module not in inside:
+        elif isinstance(module, UniformLinear):
             found[name] = {"kind": "linear", **_packed(module)}
     return found
+
+
+def describe_layers(attention: QATAttention) -> dict[str, dict[str, Any]]:
+    """The layers of a packed attention, by the name of the projection, or `merged_weight`."""
+    children = attention._modules.items()
+    layers = {name: module for name, module in children if isinstance(module, UniformLinear)}
+    if isinstance(attention.merged_weight, PackedMergedWeight):
+        layers["merged_weight"] = attention.merged_weight.packed
+    return {name: _packed(layer) for name, layer in layers.items()}
 
 
 def _packed(layer: UniformLinear) -> dict[str, Any]:
@@ -59,29 +77,42 @@ def build(name: str, description: Mapping[str, Any], replaced: nn.Module) -> nn.
     """
     values = dict(description)
     kind = values.pop("kind", None)
-    sizes = {key: values.pop(key) for key in _SIZES if key in values}
-    weight = getattr(replaced, "weight", None)
-    if weight is None or (values.get("out_features"), values.get("in_features")) not in _shapes(weight):
-        raise ValueError(
-            f"{WHERE}.{name}: expected a layer of the model's size, got {type(replaced).__name__} "
-            f"{None if weight is None else tuple(weight.shape)} for {dict(description)}"
-        )
     try:
-        packed = UniformLinear(**values, device=weight.device, dtype=weight.dtype)
-        if kind == "linear":
-            new: nn.Module = packed
-        elif kind == "embedding":
-            new = UniformEmbedding(packed)
-        elif kind == "conv2d":
-            new = UniformConv2d(packed, **{key: tuple(value) for key, value in sizes.items()})
+        if kind == "attention":
+            new = _attention(name, values, replaced)
+        elif kind in ("linear", "embedding", "conv2d"):
+            new = _layer(kind, values, replaced)
         else:
-            raise ValueError(f"expected kind linear, embedding or conv2d, got {kind!r}")
-    except (TypeError, ValueError) as error:
+            raise ValueError(f"expected kind linear, embedding, conv2d or attention, got {kind!r}")
+    except (KeyError, TypeError, ValueError) as error:
         raise ValueError(f"{WHERE}.{name}: {error}") from None
     take_over(new, replaced)
     for module in new.modules():
         module._is_hf_initialized = True  # type: ignore[assignment]  # transformers must not fill it
     return new
+
+
+def _layer(kind: str, values: dict[str, Any], replaced: nn.Module) -> nn.Module:
+    sizes = {key: tuple(values.pop(key)) for key in _SIZES if key in values}
+    weight = getattr(replaced, "weight", None)
+    if weight is None or (values.get("out_features"), values.get("in_features")) not in _shapes(weight):
+        raise ValueError(
+            f"expected a layer of the model's size, got {type(replaced).__name__} "
+            f"{None if weight is None else tuple(weight.shape)} for {values}"
+        )
+    packed = UniformLinear(**values, device=weight.device, dtype=weight.dtype)
+    if kind == "linear":
+        return packed
+    return UniformEmbedding(packed) if kind == "embedding" else UniformConv2d(packed, **sizes)
+
+
+def _attention(name: str, values: dict[str, Any], replaced: nn.Module) -> nn.Module:
+    weight = next(replaced.parameters())
+    layers = {
+        key: UniformLinear(**layer, device=weight.device, dtype=weight.dtype)
+        for key, layer in values["layers"].items()
+    }
+    return empty_attention(replaced, name, values, layers)
 
 
 def _shapes(weight: Any) -> tuple[tuple[int, int], ...]:

@@ -14,9 +14,13 @@ from olive.hf.converted import WHERE, build, describe
 from olive.hf.qat_config import OliveQATConfig
 from olive.hf.quantizer import keep_names, outermost, own_config, transformers_models
 from olive.nn import UniformLinear
+from olive.qat.activation_quantizer import ActivationQuantizer
 from olive.walk import exchange
 
-_STORED = frozenset({"codes", "scale", "input_scale", "input_offset"})
+# Tensors of layers of integers, and of quantizers in attention.
+_STORED = frozenset(
+    {"codes", "scale", "input_scale", "input_offset", "offset", "offset_after", "bias_of_keys"}
+)
 
 
 class OliveQATHfQuantizer(HfQuantizer):
@@ -84,6 +88,8 @@ class OliveQATHfQuantizer(HfQuantizer):
                 held = {key: tensor for key, tensor in module._buffers.items() if tensor is not None}
                 if not any(tensor.is_meta for tensor in held.values()):
                     module.validate(held, name)
+            elif isinstance(module, ActivationQuantizer):
+                module.refresh()
         mark_converted(model)
         return model
 

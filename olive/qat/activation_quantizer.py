@@ -8,8 +8,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from olive.ops import lsq
-from olive.ops.lsq import LEAST_SCALE, integer_range, lsq_initial_scale
+from olive.ops.lsq import LEAST_SCALE, integer_range, lsq, lsq_initial_scale
 
 # Beside the formula's scale, so many are tried for the first batch: an eighth of it to eight times as much.
 _FACTORS = tuple(2.0 ** (step / 4) for step in range(-12, 13))

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from copy import copy
 from functools import cache
-from typing import Any, cast
+from typing import Any, Self, cast
 
 import torch
 from torch import Tensor, nn
@@ -16,6 +17,7 @@ from olive.qat.attention_classes import ATTENTIONS, Attention, attention_of
 from olive.qat.config import QATConfig
 from olive.qat.layers import QATLinear
 from olive.qat.merged import MergedWeight
+from olive.qat.packed_merged import PackedMergedWeight
 from olive.qat.weight_quantizers import StatsQ
 
 IMPLEMENTATIONS = (None, "eager", "sdpa")
@@ -55,7 +57,7 @@ class QATAttention(nn.Module):
     traits: Attention
     config: Any
     scaling: float
-    merged_weight: MergedWeight | None
+    merged_weight: MergedWeight | PackedMergedWeight | None
     input_quantizer: ActivationQuantizer | None
     query_quantizer: ActivationQuantizer | None
     key_quantizer: ActivationQuantizer | None
@@ -120,6 +122,15 @@ class QATAttention(nn.Module):
         take_over(new, self)
         return new
 
+    def twin(self) -> Self:
+        """Another of its class with the same attributes, hooks, parameters and children."""
+        new = type(self).__new__(type(self))
+        nn.Module.__init__(new)
+        own = {key: copy(value) if isinstance(value, dict) else value for key, value in vars(self).items()}
+        vars(new).update(own)
+        take_over(new, self)
+        return new
+
     def merged(self) -> Tensor:
         """QKR's matrices on their levels, float32 [H, C, C]; rows are channels on the query side.
 
@@ -127,6 +138,7 @@ class QATAttention(nn.Module):
             ValueError: queries and keys are not merged here.
         """
         weight = self._merged_weight()
+        assert isinstance(weight, MergedWeight)
         merged: Tensor = weight()
         return merged.view(self.heads, weight.columns, weight.columns)
 
@@ -205,7 +217,7 @@ class QATAttention(nn.Module):
         weight = self._merged_weight()
         input = _quantize(self.input_quantizer, hidden)
         batch, length, columns = input.shape
-        keys = functional.linear(input, weight().to(input.dtype))
+        keys = weight.keys(hidden, input)
         if self.key_offset is not None:
             keys = keys + self.key_offset.to(keys.dtype)
         # Places that share a scale are one dimension: heads, or pairs of position and head.
@@ -216,7 +228,8 @@ class QATAttention(nn.Module):
         bias = weight.key_bias()
         if bias is not None:
             logits = logits + functional.linear(input, bias.to(input.dtype)).float()[:, None]
-        return logits.permute(0, 3, 1, 2) * self.scaling, self._values(input)
+        values = self._values(input if isinstance(weight, MergedWeight) else hidden)
+        return logits.permute(0, 3, 1, 2) * self.scaling, values
 
     def _values(self, input: Tensor) -> Tensor:
         return _heads_first(_quantize(self.value_quantizer, self._project("value", input)), self.key_heads)
@@ -253,7 +266,7 @@ class QATAttention(nn.Module):
                 f"past_key_values; scales belong to the positions of one length: {_USE_CACHE}"
             )
 
-    def _merged_weight(self) -> MergedWeight:
+    def _merged_weight(self) -> MergedWeight | PackedMergedWeight:
         if self.merged_weight is None:
             raise ValueError(f"{self._name}: expected queries and keys merged by qkr=True, got separate ones")
         return self.merged_weight

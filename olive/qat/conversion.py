@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from olive.config import QuantConfig
 from olive.frameworks import framework_models
-from olive.nn import UniformConv2d, UniformEmbedding, UniformLinear
+from olive.nn import UniformConv2d, UniformEmbedding
 from olive.nn.origin import take_over
+from olive.qat.attention import QATAttention
 from olive.qat.config import QATConfig
 from olive.qat.latent import LatentWeight
 from olive.qat.layers import QATConv2d, QATEmbedding, QATLayer
+from olive.qat.packed_attention import pack_attention
+from olive.qat.packing import folded_bias, pack_linear
 from olive.qat.preparation import check_finite, prepared_config, quantizers, unprepare
 from olive.qat.weight_quantizers import MinMax
 from olive.quantization import quantize
@@ -39,14 +42,17 @@ def convert(model: nn.Module, *, to: str = "uniform", config: QuantConfig | None
     Raises:
         TypeError: model or config of another type.
         ValueError: a model that is not prepared, scales of activations that no batch has set, NaN or Inf in a
-            weight, or another target.
+            weight, another target, or "ovp" after training with `qkr`.
     """
     prepared = _check(model, to, config)
-    layers = {name: one for name, one in model.named_modules() if isinstance(one, QATLayer)}
-    ends = [name for name, one in layers.items() if isinstance(one.weight_quantizer, MinMax)]
-    new: Callable[[QATLayer], nn.Module] = packed_layer if to == "uniform" else _float_layer
+    ends = [
+        name
+        for name, one in model.named_modules()
+        if isinstance(one, QATLayer) and isinstance(one.weight_quantizer, MinMax)
+    ]
+    new: Callable[[QATLayer | QATAttention], nn.Module] = _packed if to == "uniform" else _float
     with torch.no_grad():
-        undo = exchange(model, {layer: new(layer) for layer in layers.values()})
+        undo = exchange(model, {module: new(module) for module in _exchanged(model)})
     try:
         if to == "ovp":
             quantize(model, _ovp_config(ends, prepared) if config is None else config)
@@ -82,63 +88,53 @@ def _check(model: object, to: str, config: object) -> QATConfig:
     return prepared
 
 
-def packed_layer(layer: QATLayer) -> nn.Module:
-    """The layer of integers that computes what a trained layer does."""
-    packed = _packed(layer)
-    if isinstance(layer, QATEmbedding):
-        new: nn.Module = UniformEmbedding(packed)
-    elif isinstance(layer, QATConv2d):
-        assert not isinstance(layer.padding, str)
-        new = UniformConv2d(packed, layer.kernel_size, layer.stride, layer.padding)  # type: ignore[arg-type]
-    else:
-        new = packed
-    take_over(new, layer)
+def _exchanged(model: nn.Module) -> Iterator[QATLayer | QATAttention]:
+    """What is exchanged: attentions as a whole, and the layers outside of them."""
+    inside: set[nn.Module] = set()
+    for module in model.modules():
+        if isinstance(module, QATAttention):
+            inside.update(module.modules())
+            yield module
+        elif isinstance(module, QATLayer) and module not in inside:
+            yield module
+
+
+def _packed(module: QATLayer | QATAttention) -> nn.Module:
+    """The module of integers that computes what a trained one does."""
+    if isinstance(module, QATAttention):
+        return pack_attention(module)
+    new: nn.Module = pack_linear(module)
+    if isinstance(module, QATEmbedding):
+        new = UniformEmbedding(new)  # type: ignore[arg-type]
+    elif isinstance(module, QATConv2d):
+        assert not isinstance(module.padding, str)
+        new = UniformConv2d(new, module.kernel_size, module.stride, module.padding)  # type: ignore[arg-type]
+    take_over(new, module)
     return new
 
 
-def _packed(layer: QATLayer) -> UniformLinear:
-    weight, quantizer = layer.latent(), layer.input_quantizer
-    codes, step, mid_rise, group_size = layer.weight_quantizer.integers(weight)
-    packed = UniformLinear.from_codes(
-        codes,
-        step,
-        _folded_bias(layer, None if quantizer is None else quantizer.offset_after),
-        bits=layer.weight_quantizer.bits,
-        mid_rise=mid_rise,
-        group_size=group_size,
-        input_scale=None if quantizer is None else quantizer.scale.detach().float(),
-        input_offset=_detached(None if quantizer is None else quantizer.offset),
-        input_bits=None if quantizer is None else quantizer.bits,
-        input_signed=quantizer is None or quantizer.is_signed,
-        dtype=weight.dtype,
-    )
-    return packed.train(layer.training)
-
-
-def _detached(tensor: Tensor | None) -> Tensor | None:
-    return None if tensor is None else tensor.detach().float()
-
-
-def _folded_bias(layer: QATLayer, offset: Tensor | None) -> nn.Parameter | None:
-    """The bias with what an offset of the layer's input adds to every output."""
-    bias = layer._parameters.get("bias")
-    if offset is None:
-        return bias
-    added = layer.quantized_weight().float() @ offset.float()
-    total: Tensor = added if bias is None else bias.float() + added
-    dtype = layer.weight.dtype if bias is None else bias.dtype
-    return nn.Parameter(total.detach().to(dtype), requires_grad=bias is not None and bias.requires_grad)
-
-
-def _float_layer(layer: QATLayer) -> nn.Module:
-    """The float layer; a weight of few bits lies on its levels."""
-    new = layer.to_float()
-    if isinstance(layer.weight_quantizer, MinMax):
+def _float(module: QATLayer | QATAttention) -> nn.Module:
+    """The float module; weights of few bits lie on their levels."""
+    if isinstance(module, QATAttention):
+        if module.merged_weight is not None:
+            raise ValueError(
+                "to: expected 'uniform' after training with qkr, got 'ovp', which has no counterpart to "
+                "matrices that are merged from queries and keys"
+            )
+        attention = module.to_float()
+        for name, child in module._modules.items():
+            if isinstance(child, QATLayer):
+                attention.register_module(name, _float(child))
+        return attention
+    new = module.to_float()
+    if isinstance(module.weight_quantizer, MinMax):
         return new
-    new.weight = nn.Parameter(layer.channels_first(layer.quantized_weight()), layer.weight.requires_grad)
-    quantizer = layer.input_quantizer
+    weight, quantizer = module.quantized_weight().detach(), module.input_quantizer
+    new.weight = nn.Parameter(module.channels_first(weight), module.weight.requires_grad)
     if quantizer is not None and quantizer.offset is not None and quantizer.offset_after is not None:
-        new.register_parameter("bias", _folded_bias(layer, quantizer.offset + quantizer.offset_after))
+        offset = quantizer.offset + quantizer.offset_after
+        bias = folded_bias(weight, module._parameters.get("bias"), offset, weight.dtype)
+        new.register_parameter("bias", bias)
     return new
 
 

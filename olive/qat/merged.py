@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional
 
 from olive.qat.latent import LatentWeight
 from olive.qat.weight_quantizers import StatsQ, local
@@ -77,6 +78,10 @@ class MergedWeight(LatentWeight):
         """M on its levels, float32 [H C, C], with gradients to W_q and W_k."""
         quantized: Tensor = self.weight_quantizer(self._effective())
         return quantized
+
+    def keys(self, hidden: Tensor, input: Tensor) -> Tensor:
+        """Keys [B, T, H C] of quantized hidden states `input` [B, T, C]; `hidden` is not looked at."""
+        return functional.linear(input, self().to(input.dtype))
 
     def latent(self) -> Tensor:
         """M, frozen entries as they are held; float32 [H C, C], a copy."""

@@ -10,9 +10,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from olive.ops import lsq, statsq, statsq_codes, statsq_margin
-from olive.ops.lsq import LEAST_SCALE, integer_range, lsq_initial_scale
-from olive.ops.statsq import PER_CHANNEL
+from olive.ops.lsq import LEAST_SCALE, integer_range, lsq, lsq_initial_scale
+from olive.ops.statsq import PER_CHANNEL, statsq, statsq_codes, statsq_margin
 
 
 def local(tensor: Tensor) -> Tensor:
