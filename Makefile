@@ -44,6 +44,7 @@ bench: install
 	$(BIN)/python -m bench.bench_ovp_linear
 	$(BIN)/python -m bench.bench_ovp_encode
 	$(BIN)/python -m bench.bench_ovp_decode
+	$(BIN)/python -m bench.bench_training_ops
 	$(BIN)/python -m bench.bench_generate
 	$(BIN)/python -m bench.bench_quality
 	$(BIN)/python -m bench.bench_activations

@@ -5,10 +5,12 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from olive.ops import lsq, oscillation, statsq
 from olive.ops.cpu import cpu_kernels, has_cpu_kernels
+from olive.ops.lsq import check_lsq, check_lsq_backward, integer_range, shape_around
 from olive.ops.native import FLOAT_TYPES
+from olive.ops.oscillation import check_oscillation, dense_state, step_width
 from olive.ops.schemas import library
+from olive.ops.statsq import check_statsq
 
 
 def _statsq(
@@ -22,7 +24,7 @@ def _statsq(
     margin: Tensor | None = None,
 ) -> None:
     """Fill in the results that are asked for."""
-    rows, columns, groups = statsq.check_statsq(weight, bits, group_size)
+    rows, columns, groups = check_statsq(weight, bits, group_size)
     weight = weight.contiguous()
     results = (levels, codes, scale, margin)
     cpu_kernels().statsq(
@@ -46,7 +48,7 @@ def statsq_cpu(weight: Tensor, bits: int, group_size: int, isa: str = "") -> Ten
 
 def statsq_codes_cpu(weight: Tensor, bits: int, group_size: int, isa: str = "") -> tuple[Tensor, Tensor]:
     """`statsq_codes` on the CPU kernels."""
-    rows, _, groups = statsq.check_statsq(weight, bits, group_size)
+    rows, _, groups = check_statsq(weight, bits, group_size)
     codes = torch.empty(weight.shape, dtype=torch.int8, device="cpu")
     scale = torch.empty((rows, groups), dtype=torch.float32, device="cpu")
     _statsq(weight, bits, group_size, isa, codes=codes, scale=scale)
@@ -62,15 +64,15 @@ def statsq_margin_cpu(weight: Tensor, bits: int, group_size: int, isa: str = "")
 
 def lsq_cpu(input: Tensor, scale: Tensor, bits: int, signed: bool, dim: int, isa: str = "") -> Tensor:
     """`lsq` on the CPU kernels."""
-    lsq.check_lsq(input, scale, bits, dim)
+    check_lsq(input, scale, bits, dim)
     input, scale = input.contiguous(), scale.contiguous()
     out = torch.empty_like(input)
     cpu_kernels().lsq(
         input.data_ptr(),
         FLOAT_TYPES[input.dtype],
-        *lsq.shape_around(input, scale, dim),
+        *shape_around(input, scale, dim),
         scale.data_ptr(),
-        *lsq.integer_range(bits, signed),
+        *integer_range(bits, signed),
         signed and bits == 1,
         out.data_ptr(),
         isa,
@@ -82,16 +84,16 @@ def lsq_backward_cpu(
     grad: Tensor, input: Tensor, scale: Tensor, bits: int, signed: bool, dim: int, isa: str = ""
 ) -> tuple[Tensor, Tensor]:
     """`lsq_backward` on the CPU kernels; gradients of scales are summed in float64, in a fixed order."""
-    lsq.check_lsq_backward(grad, input, scale, bits, dim)
+    check_lsq_backward(grad, input, scale, bits, dim)
     grad, input, scale = grad.contiguous(), input.contiguous(), scale.contiguous()
     grad_input, grad_scale = torch.empty_like(input), torch.empty_like(scale)
     cpu_kernels().lsq_backward(
         grad.data_ptr(),
         input.data_ptr(),
         FLOAT_TYPES[input.dtype],
-        *lsq.shape_around(input, scale, dim),
+        *shape_around(input, scale, dim),
         scale.data_ptr(),
-        *lsq.integer_range(bits, signed),
+        *integer_range(bits, signed),
         signed and bits == 1,
         grad_input.data_ptr(),
         grad_scale.data_ptr(),
@@ -114,17 +116,17 @@ def oscillation_cpu_(
     isa: str = "",
 ) -> Tensor:
     """`oscillation_` on the CPU kernels."""
-    oscillation.check_oscillation(weight, step, qmin, qmax, momentum, codes, direction, frequency)
+    check_oscillation(weight, step, qmin, qmax, momentum, codes, direction, frequency)
     weight, step = weight.contiguous(), step.contiguous()
     rows = int(weight.shape[0])
     near = torch.empty(weight.shape, dtype=torch.bool, device="cpu")
-    with oscillation.dense_state(codes, direction, frequency) as state:
+    with dense_state(codes, direction, frequency) as state:
         cpu_kernels().oscillation(
             weight.data_ptr(),
             FLOAT_TYPES[weight.dtype],
             rows,
             weight.numel() // rows,
-            oscillation.step_width(weight, step),
+            step_width(weight, step),
             step.data_ptr(),
             step.numel() == 1,
             offset,

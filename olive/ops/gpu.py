@@ -24,8 +24,12 @@ from olive.ops import (
     reference_quantized,
     triton,
     triton_quantized,
+    triton_training,
 )
+from olive.ops.lsq import lsq_backward_reference, lsq_reference
+from olive.ops.oscillation import oscillation_reference_
 from olive.ops.schemas import library
+from olive.ops.statsq import statsq_codes_reference, statsq_margin_reference, statsq_reference
 
 VARIABLE = "OLIVE_GPU_BACKEND"
 GPU_TYPES = ("cuda", "xpu")  # PyTorch calls AMD's GPUs cuda as well
@@ -45,6 +49,12 @@ _REFERENCE: _Functions = {
     "ovp8_quantize": reference_quantized.ovp8_quantize_reference,
     "ovp8_decode": reference_quantized.ovp8_decode_reference,
     "ovp8_linear": reference_quantized.ovp8_linear_reference,
+    "statsq": statsq_reference,
+    "statsq_codes": statsq_codes_reference,
+    "statsq_margin": statsq_margin_reference,
+    "lsq": lsq_reference,
+    "lsq_backward": lsq_backward_reference,
+    "oscillation_": oscillation_reference_,
 }
 _TRITON: _Functions = {
     **_REFERENCE,
@@ -57,6 +67,12 @@ _TRITON: _Functions = {
     "ovp8_quantize": triton_quantized.ovp8_quantize_triton,
     "ovp8_decode": triton_quantized.ovp8_decode_triton,
     "ovp8_linear": triton_quantized.ovp8_linear_triton,
+    "statsq": triton_training.statsq_triton,
+    "statsq_codes": triton_training.statsq_codes_triton,
+    "statsq_margin": triton_training.statsq_margin_triton,
+    "lsq": triton_training.lsq_triton,
+    "lsq_backward": triton_training.lsq_backward_triton,
+    "oscillation_": triton_training.oscillation_triton_,
 }
 
 
@@ -88,6 +104,12 @@ _BACKENDS: dict[str, _Functions] = {
         "ovp8_quantize": _without_cuda("ovp8_quantize"),
         "ovp8_decode": _without_cuda("ovp8_decode"),
         "ovp8_linear": _without_cuda("ovp8_linear"),
+        "statsq": _without_cuda("statsq"),
+        "statsq_codes": _without_cuda("statsq_codes"),
+        "statsq_margin": _without_cuda("statsq_margin"),
+        "lsq": _without_cuda("lsq"),
+        "lsq_backward": _without_cuda("lsq_backward"),
+        "oscillation_": _without_cuda("oscillation_"),
     },
     "triton": _TRITON,
     "reference": _REFERENCE,

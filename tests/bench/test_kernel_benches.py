@@ -9,11 +9,21 @@ from typer.testing import CliRunner
 
 typer = pytest.importorskip("typer")
 
-from bench import bench_generate, bench_gptq, bench_ovp_decode, bench_ovp_encode, bench_ovp_linear, plots  # noqa: E402
+from bench import (  # noqa: E402
+    bench_generate,
+    bench_gptq,
+    bench_ovp_decode,
+    bench_ovp_encode,
+    bench_ovp_linear,
+    bench_training_ops,
+    plots,
+)
 from bench.timing import copies_for, take_turns  # noqa: E402
 
 
-@pytest.mark.parametrize("module", [bench_ovp_linear, bench_ovp_encode, bench_ovp_decode, bench_generate])
+@pytest.mark.parametrize(
+    "module", [bench_ovp_linear, bench_ovp_encode, bench_ovp_decode, bench_generate, bench_training_ops]
+)
 def test_tiny_run_prints_a_table(module, tmp_path, monkeypatch):
     monkeypatch.setenv("COLUMNS", "160")
     app = typer.Typer()
@@ -30,6 +40,13 @@ def test_gptq_bench_prints_a_table():
     result = CliRunner().invoke(app, ["--quick"], env={"COLUMNS": "160"})
     assert result.exit_code == 0, result.output
     assert "compensate, activation order" in result.output
+
+
+def test_training_bench_stops_where_results_differ():
+    weight = torch.randn(4, 32)
+    (case, *_) = bench_training_ops.weight_cases(weight)
+    with pytest.raises(RuntimeError, match="statsq: expected the reference's values, got others"):
+        bench_training_ops.check(case._replace(reference=lambda: weight))
 
 
 def test_linear_bench_writes_what_the_plot_reads(tmp_path):
