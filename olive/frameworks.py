@@ -25,6 +25,8 @@ class Framework:
         unmark: the inverse.
         tokenizer: loads the tokenizer that belongs to such a model, from where the model came from; OSError
             or ValueError where there is none. None = the library has no such thing.
+        mark_prepared: called before quantization-aware training, when such a model's layers were
+            exchanged for ones that quantize. None = it need not know.
         mark_converted: called after quantization-aware training, when such a model's layers were
             exchanged for ones that hold integers. None = it need not know.
     """
@@ -34,6 +36,7 @@ class Framework:
     mark: Callable[[nn.Module, QuantConfig], None]
     unmark: Callable[[nn.Module], None]
     tokenizer: Callable[[nn.Module], Any] | None = None
+    mark_prepared: Callable[[nn.Module], None] | None = None
     mark_converted: Callable[[nn.Module], None] | None = None
 
 

@@ -75,6 +75,15 @@ def keep_names(model: Any) -> None:
     vars(model)[_CONVERSIONS] = []
 
 
+def mark_prepared(model: nn.Module) -> None:
+    """Make checkpoints of a model in quantization-aware training fit the model again.
+
+    Some models are saved under older names, of which the tensors of quantizers would be a mixture.
+    """
+    for inner in transformers_models(model).values():
+        keep_names(inner)
+
+
 def restore_names(model: Any) -> None:
     """The inverse of `keep_names`."""
     if _KEPT_CONVERSIONS in vars(model):

@@ -24,6 +24,7 @@ def _register(auto: ModuleType) -> None:
     from olive.hf.qat_quantizer import OliveQATHfQuantizer, mark_converted
     from olive.hf.quantizer import (
         load_tokenizer,
+        mark_prepared,
         mark_quantized,
         outermost,
         transformers_models,
@@ -37,6 +38,7 @@ def _register(auto: ModuleType) -> None:
             mark=mark_quantized,
             unmark=unmark_quantized,
             tokenizer=load_tokenizer,
+            mark_prepared=mark_prepared,
             mark_converted=mark_converted,
         )
     )

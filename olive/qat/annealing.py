@@ -8,6 +8,7 @@ Source: arXiv:2302.02210, its section on confidence-guided annealing.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 from torch import nn
@@ -52,11 +53,20 @@ class Annealing(Attachment):
         Raises:
             ValueError: it was run with another boundary range.
         """
-        if (saved := state["boundary_range"]) != self.boundary_range:
+        self.check_state(state, self.boundary_range)
+
+    @staticmethod
+    def check_state(state: Mapping[str, float], boundary_range: float) -> None:
+        """Compare a boundary range with that of a saved run.
+
+        Raises:
+            ValueError: they differ.
+        """
+        if (saved := state["boundary_range"]) != boundary_range:
             raise ValueError(
                 f"boundary_range: expected {saved}, with which this run was annealed before, got "
-                f"{self.boundary_range}; resume with the same one, or start annealing from a model of an "
-                f"earlier stage"
+                f"{boundary_range}; resume with the same one, or start annealing from a model of an earlier "
+                f"stage"
             )
 
 

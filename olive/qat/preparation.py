@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from olive.frameworks import framework_models
 from olive.nn.ovp_weight import OVPWeight
 from olive.ptq.batches import run_batches
 from olive.qat.activation_quantizer import ActivationQuantizer
@@ -58,6 +59,9 @@ def prepare(model: nn.Module, config: QATConfig | None = None, *, batch: Any = N
             for _ in run_batches(model, [batch]):
                 pass
             _check_reached(model)
+        for framework, wrapped in framework_models(model):
+            if framework.mark_prepared is not None:
+                framework.mark_prepared(wrapped)
     except BaseException:  # Ctrl-C too
         undo()
         raise

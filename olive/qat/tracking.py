@@ -74,7 +74,9 @@ class OscillationTracker:
         self._latents = latent_weights(model)
         for latent in self._latents.values():
             latent.track()
-        self._attached = Attachment(optimizer, observe=self.update) if optimizer is not None else None
+        self._attached: Attachment | None = None
+        if optimizer is not None:
+            self.attach(optimizer)
 
     @torch.no_grad()
     def update(self) -> None:
@@ -82,10 +84,16 @@ class OscillationTracker:
         for latent in self._latents.values():
             latent.look(self.momentum, self.boundary_range)
 
+    def attach(self, optimizer: Any) -> None:
+        """Look at the weights after each step of this optimizer, of torch's or wrapped by accelerate."""
+        self.detach()
+        self._attached = Attachment(optimizer, observe=self.update)
+
     def detach(self) -> None:
-        """Stop looking at the optimizer's steps."""
+        """Stop looking at an optimizer's steps."""
         if self._attached is not None:
             self._attached.detach()
+            self._attached = None
 
     @torch.no_grad()
     def layers(self) -> dict[str, LayerOscillation]:
