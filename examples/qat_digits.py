@@ -8,6 +8,7 @@ takes a few minutes on two CPU cores; nothing is downloaded. It shows what any t
 
 from __future__ import annotations
 
+import copy
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -18,6 +19,8 @@ from sklearn.model_selection import train_test_split
 from torch import Tensor, nn
 from torch.nn import functional
 from transformers import ViTConfig, ViTForImageClassification
+
+import olive
 
 BATCH = 64
 
@@ -121,3 +124,41 @@ def accuracy(model: nn.Module, data: Digits) -> float:
     """Share of images whose digit is recognized, 0 to 1."""
     model.eval()
     return float((model(pixel_values=data.images).logits.argmax(-1) == data.labels).float().mean())
+
+
+def main() -> None:
+    """Full precision, two bits, the last epochs with annealing, integers."""
+    train_set, test_set = Digits.load()
+    torch.manual_seed(0)
+    model = vision_transformer()
+    train(model, train_set, optimizer_for(model, 1e-3), warm_cosine(1e-3, 1e-5), epochs=80, seed=0)
+    print(f"full precision    {accuracy(model, test_set):.1%}")
+
+    teacher = copy.deepcopy(model)
+    config = olive.qat.QATConfig(
+        weight_bits=2,
+        activation_bits=2,
+        activation_granularity="per_token",
+        activation_offsets=True,
+        qkr=True,
+    )
+    olive.qat.prepare(model, config, batch={"pixel_values": train_set.images[:256]})
+    print(f"2 bits, untrained {accuracy(model, test_set):.1%}")
+    olive.qat.distill(model, teacher, weight=0.5)
+    optimizer = optimizer_for(model, 1e-3)
+    tracker = olive.qat.OscillationTracker(model, momentum=0.01, optimizer=optimizer)
+    train(model, train_set, optimizer, warm_cosine(1e-3, 1e-5), epochs=60, seed=1)
+    print(
+        f"2 bits, trained   {accuracy(model, test_set):.1%}, {tracker.shares()['oscillating']:.2%} oscillate"
+    )
+    olive.qat.anneal(model, optimizer)
+    train(model, train_set, optimizer, lambda _: 1e-5, epochs=15, seed=2)
+    print(
+        f"2 bits, annealed  {accuracy(model, test_set):.1%}, {tracker.shares()['oscillating']:.2%} oscillate"
+    )
+    olive.qat.convert(model)
+    print(f"2 bits, integers  {accuracy(model, test_set):.1%}")
+
+
+if __name__ == "__main__":
+    main()
