@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 import olive
 from bench.baselines import BASELINES, ONLY_BLOCK, Decoded
-from bench.gptq_int4 import gptq_int4
+from bench.gptq_int import gptq_int
 from bench.peers_quality import GPTQ_GROUP, data_free_peers, gptq_peers
 from bench.sequential import SKIP, Batch, Solver, quantizable_layers, quantize_in_sequence
 from olive import QuantConfig, ops
@@ -211,8 +211,8 @@ def _ovp_methods() -> list[Method]:
 
 def _int4_gptq_methods() -> list[Method]:
     solvers: list[tuple[str, str, Solver]] = [
-        (GPTQ, OWN, partial(gptq_int4, group_size=GPTQ_GROUP)),
-        (GPTQ_ORDERED, OWN, partial(gptq_int4, group_size=GPTQ_GROUP, activation_order=True)),
+        (GPTQ, OWN, partial(gptq_int, group_size=GPTQ_GROUP)),
+        (GPTQ_ORDERED, OWN, partial(gptq_int, group_size=GPTQ_GROUP, activation_order=True)),
         *gptq_peers(),
     ]
     return [

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from bench import peers_quality as peers
 from bench.baselines import hqq, int4_asymmetric, nf4_absmax, nf4_double_quant
-from bench.gptq_int4 import gptq_int4
+from bench.gptq_int import gptq_int
 
 # Not ours to change: what importing these packages, or calling them, warns about.
 pytestmark = pytest.mark.filterwarnings("ignore")
@@ -61,7 +61,7 @@ def test_gptq_is_as_good_as_that_of_gptqmodel(activation_order: bool) -> None:
         return float(((error @ moment) * error).sum() / ((weight @ moment) * weight).sum())
 
     # Its damping; its own default order of columns has no counterpart in ours.
-    own = gptq_int4(weight, moment, 128, damping=0.05, activation_order=activation_order)
+    own = gptq_int(weight, moment, 128, damping=0.05, activation_order=activation_order)
     package = peers.gptqmodel_int4(weight, moment, activation_order=activation_order)
     assert own.bits_per_weight == package.bits_per_weight
     assert abs(loss(own.weight) / loss(package.weight) - 1) <= 0.05

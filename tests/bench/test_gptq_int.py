@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from bench.baselines import int4_asymmetric
-from bench.gptq_int4 import gptq_int4
+from bench.gptq_int import gptq_int
 
 
 def layer(rows: int = 12, columns: int = 64) -> tuple[Tensor, Tensor]:
@@ -49,7 +49,7 @@ def test_columns_that_are_left_make_up_for_each_error(activation_order: bool) ->
             left = order[place:]
             inverse = torch.linalg.inv(h[left][:, left])
             values[left] -= (values[column] - expected[row, column]) / inverse[0, 0] * inverse[0]
-    decoded, bits = gptq_int4(weight, moment, size, activation_order=activation_order)
+    decoded, bits = gptq_int(weight, moment, size, activation_order=activation_order)
     torch.testing.assert_close(decoded, expected.float(), rtol=1e-5, atol=1e-6)
     assert bits == 4 + 3 * 2 * 20 / 48
 
@@ -60,8 +60,8 @@ def test_output_error_falls() -> None:
         loss(weight, decoded.weight, moment)
         for decoded in (
             int4_asymmetric(weight, 32),
-            gptq_int4(weight, moment, 32),
-            gptq_int4(weight, moment, 32, activation_order=True),
+            gptq_int(weight, moment, 32),
+            gptq_int(weight, moment, 32, activation_order=True),
         )
     )
     assert natural < 0.8 * plain
@@ -71,7 +71,7 @@ def test_output_error_falls() -> None:
 @pytest.mark.parametrize("activation_order", [False, True])
 def test_without_correlation_it_rounds_to_nearest(activation_order: bool) -> None:
     weight, moment = torch.randn(5, 40), torch.diag(torch.rand(40) + 0.5)
-    decoded = gptq_int4(weight, moment, 16, activation_order=activation_order).weight
+    decoded = gptq_int(weight, moment, 16, activation_order=activation_order).weight
     torch.testing.assert_close(decoded, int4_asymmetric(weight, 16).weight, rtol=1e-6, atol=1e-7)
 
 
@@ -79,4 +79,4 @@ def test_without_correlation_it_rounds_to_nearest(activation_order: bool) -> Non
 def test_columns_without_input_become_zero(activation_order: bool) -> None:
     weight, moment = layer()
     moment[3], moment[:, 3] = 0, 0
-    assert not gptq_int4(weight, moment, 32, activation_order=activation_order).weight[:, 3].any()
+    assert not gptq_int(weight, moment, 32, activation_order=activation_order).weight[:, 3].any()
