@@ -8,6 +8,7 @@
 #include <immintrin.h>
 #endif
 
+#include <type_traits>
 #include <utility>
 
 #include "cpu/kernels.h"

@@ -21,17 +21,17 @@ inline LsqRounded lsq_round(const Lsq& q, FPart x, FPart scale) {
 }
 
 // scale: one, or with kPerColumn one per value, whole lanes of them.
-template <bool kPerColumn>
-inline void lsq_values(const Lsq& q, int64_t at, int64_t count, const float* scale) {
+template <Float kType, bool kPerColumn>
+inline void lsq_values(const Lsq q, int64_t at, int64_t count, const float* scale) {
   for_lanes(
       count, OLIVE_LANES(i, some) {
         FPart x[kParts];
-        load_lanes(q.input, at + i, q.type, some, x);
+        load_lanes(q.input, at + i, kType, some, x);
         repeat<kParts>(OLIVE_EACH(p) {
           const FPart used = kPerColumn ? load<FPart>(scale + i + p * kPart) : splat_part(*scale);
           x[p] = lsq_round(q, x[p], used).codes * used;
         });
-        store_lanes(q.out, at + i, q.type, some, x);
+        store_lanes(q.out, at + i, kType, some, x);
       });
 }
 
@@ -42,41 +42,58 @@ inline FPart lsq_gradients(const Lsq& q, FPart grad, FPart scale, FPart& x) {
   return grad * (found.inside ? found.codes - found.steps : found.codes);
 }
 
-void lsq_run(const Lsq& q, int64_t at, int64_t count, float scale) { lsq_values<false>(q, at, count, &scale); }
-
-void lsq_rows(const Lsq& q, int64_t columns, const float* scale, int64_t begin, int64_t end) {
-  for (int64_t row = begin; row < end; ++row) lsq_values<true>(q, row * columns, columns, scale);
-}
-
-double lsq_run_backward(const Lsq& q, int64_t at, int64_t count, float scale) {
+template <Float kType>
+inline double lsq_run_gradients(const Lsq q, int64_t at, int64_t count, float scale) {
   DHalf sums[kHalves] = {};
   const FPart used = splat_part(scale);
   for_lanes(
       count, OLIVE_LANES(i, some) {
         FPart x[kParts], grad[kParts];
-        load_lanes(q.input, at + i, q.type, some, x);
-        load_lanes(q.grad, at + i, q.type, some, grad);
+        load_lanes(q.input, at + i, kType, some, x);
+        load_lanes(q.grad, at + i, kType, some, grad);
         repeat<kParts>(OLIVE_EACH(p) { add_part(sums + 2 * p, lsq_gradients(q, grad[p], used, x[p])); });
-        store_lanes(q.out, at + i, q.type, some, x);
+        store_lanes(q.out, at + i, kType, some, x);
       });
   return fold_sums(sums);
 }
 
-void lsq_rows_backward(const Lsq& q, int64_t columns, const float* scale, int64_t begin, int64_t end, double* sums) {
-  for (int64_t row = begin; row < end; ++row) {
-    for_lanes(
-        columns, OLIVE_LANES(i, some) {
-          FPart x[kParts], grad[kParts];
-          load_lanes(q.input, row * columns + i, q.type, some, x);
-          load_lanes(q.grad, row * columns + i, q.type, some, grad);
-          repeat<kParts>(OLIVE_EACH(p) {
-            const int64_t at = i + p * kPart;
-            DHalf of_columns[2];
-            __builtin_memcpy(of_columns, sums + at, sizeof(of_columns));
-            add_part(of_columns, lsq_gradients(q, grad[p], load<FPart>(scale + at), x[p]));
-            __builtin_memcpy(sums + at, of_columns, sizeof(of_columns));
-          });
-          store_lanes(q.out, row * columns + i, q.type, some, x);
+template <Float kType>
+inline void lsq_row_gradients(const Lsq q, int64_t at, int64_t columns, const float* scale, double* sums) {
+  for_lanes(
+      columns, OLIVE_LANES(i, some) {
+        FPart x[kParts], grad[kParts];
+        load_lanes(q.input, at + i, kType, some, x);
+        load_lanes(q.grad, at + i, kType, some, grad);
+        DHalf of_columns[kHalves];
+        repeat<kHalves>(OLIVE_EACH(half) { of_columns[half] = load<DHalf>(sums + i + half * kHalf); });
+        repeat<kParts>(OLIVE_EACH(p) {
+          add_part(of_columns + 2 * p, lsq_gradients(q, grad[p], load<FPart>(scale + i + p * kPart), x[p]));
         });
-  }
+        repeat<kHalves>(OLIVE_EACH(half) { store(sums + i + half * kHalf, of_columns[half]); });
+        store_lanes(q.out, at + i, kType, some, x);
+      });
+}
+
+void lsq_run(const Lsq& q, int64_t at, int64_t count, float scale) {
+  with_type(q.type, [&](auto type) { lsq_values<decltype(type)::value, false>(q, at, count, &scale); });
+}
+
+void lsq_rows(const Lsq& q, int64_t columns, const float* scale, int64_t begin, int64_t end) {
+  with_type(q.type, [&](auto type) {
+    for (int64_t row = begin; row < end; ++row) {
+      lsq_values<decltype(type)::value, true>(q, row * columns, columns, scale);
+    }
+  });
+}
+
+double lsq_run_backward(const Lsq& q, int64_t at, int64_t count, float scale) {
+  return with_type(q.type, [&](auto type) { return lsq_run_gradients<decltype(type)::value>(q, at, count, scale); });
+}
+
+void lsq_rows_backward(const Lsq& q, int64_t columns, const float* scale, int64_t begin, int64_t end, double* sums) {
+  with_type(q.type, [&](auto type) {
+    for (int64_t row = begin; row < end; ++row) {
+      lsq_row_gradients<decltype(type)::value>(q, row * columns, columns, scale, sums);
+    }
+  });
 }

@@ -3,13 +3,14 @@
 //
 // Include inside a namespace of the instruction set, after training_lanes.inl.
 
-inline void oscillation_group(const Oscillation& q, int64_t at, int64_t count, float step) {
+template <Float kType>
+inline void oscillation_group(const Oscillation q, int64_t at, int64_t count, float step) {
   const bool no_step = step == 0.0f;
   for_lanes(
       count, OLIVE_LANES(i, some) {
         FPart x[kParts], frequency[kParts];
         IPart codes[kParts], direction[kParts], near[kParts];
-        load_lanes(q.weight.data, at + i, q.weight.type, some, x);
+        load_lanes(q.weight.data, at + i, kType, some, x);
         load_lanes(q.frequency, at + i, Float::f32, some, frequency);
         load_bytes(q.codes + at + i, some, codes);
         load_bytes(q.direction + at + i, some, direction);
@@ -33,10 +34,13 @@ inline void oscillation_group(const Oscillation& q, int64_t at, int64_t count, f
 
 void oscillation_rows(const Oscillation& q, int64_t begin, int64_t end) {
   const RowGroups& weight = q.weight;
-  for (int64_t row = begin; row < end; ++row) {
-    for (int64_t first = 0, group = row * weight.groups(); first < weight.k; first += weight.width, ++group) {
-      const int64_t count = first + weight.width < weight.k ? weight.width : weight.k - first;
-      oscillation_group(q, row * weight.k + first, count, q.step[q.one_step ? 0 : group]);
+  with_type(weight.type, [&](auto type) {
+    for (int64_t row = begin; row < end; ++row) {
+      for (int64_t first = 0, group = row * weight.groups(); first < weight.k; first += weight.width, ++group) {
+        const int64_t count = first + weight.width < weight.k ? weight.width : weight.k - first;
+        const float step = q.step[q.one_step ? 0 : group];
+        oscillation_group<decltype(type)::value>(q, row * weight.k + first, count, step);
+      }
     }
-  }
+  });
 }

@@ -12,6 +12,14 @@ __attribute__((always_inline)) inline void for_lanes(int64_t count, Body&& body)
   if (i < count) body(i, static_cast<int>(count - i));
 }
 
+// body(a constant of the type): a loop that knows it has no branches, and keeps the rest in registers.
+template <class Body>
+inline auto with_type(Float type, Body&& body) {
+  if (type == Float::f32) return body(std::integral_constant<Float, Float::f32>{});
+  if (type == Float::bf16) return body(std::integral_constant<Float, Float::bf16>{});
+  return body(std::integral_constant<Float, Float::f16>{});
+}
+
 inline FPart load_part(const void* data, int64_t index, Float type) {
 #if defined(__AVX512F__)
   return load_floats(data, index, type);
@@ -139,8 +147,13 @@ constexpr int kHalves = kLanes / kHalf;
 __attribute__((always_inline)) inline void add_part(DHalf* sums, FPart value) {
   FHalf halves[2];
   __builtin_memcpy(halves, &value, sizeof(halves));
+#if defined(__AVX2__) && !defined(__AVX512F__)  // gcc 12 converts two at a time and puts them together
+  sums[0] += reinterpret_cast<DHalf>(_mm256_cvtps_pd(reinterpret_cast<__m128>(halves[0])));
+  sums[1] += reinterpret_cast<DHalf>(_mm256_cvtps_pd(reinterpret_cast<__m128>(halves[1])));
+#else
   sums[0] += __builtin_convertvector(halves[0], DHalf);
   sums[1] += __builtin_convertvector(halves[1], DHalf);
+#endif
 }
 
 inline double fold_sums(const DHalf* sums) {
