@@ -18,6 +18,7 @@ from olive.qat.layers import QATConv2d, QATEmbedding, QATLayer
 from olive.qat.packed_attention import pack_attention
 from olive.qat.packing import folded_bias, pack_linear
 from olive.qat.preparation import check_finite, prepared_config, quantizers, unprepare
+from olive.qat.undo import keeps_requires_grad
 from olive.qat.weight_quantizers import MinMax
 from olive.quantization import quantize
 from olive.walk import exchange
@@ -51,18 +52,19 @@ def convert(model: nn.Module, *, to: str = "uniform", config: QuantConfig | None
         if isinstance(one, QATLayer) and isinstance(one.weight_quantizer, MinMax)
     ]
     new: Callable[[QATLayer | QATAttention], nn.Module] = _packed if to == "uniform" else _float
-    with torch.no_grad():
-        undo = exchange(model, {module: new(module) for module in _exchanged(model)})
-    try:
-        if to == "ovp":
-            quantize(model, _ovp_config(ends, prepared) if config is None else config)
-        else:
-            for framework, wrapped in framework_models(model):
-                if framework.mark_converted is not None:
-                    framework.mark_converted(wrapped)
-    except BaseException:  # Ctrl-C too
-        undo()
-        raise
+    with keeps_requires_grad(model):  # quantizers in attention no longer require it
+        with torch.no_grad():
+            undo = exchange(model, {module: new(module) for module in _exchanged(model)})
+        try:
+            if to == "ovp":
+                quantize(model, _ovp_config(ends, prepared) if config is None else config)
+            else:
+                for framework, wrapped in framework_models(model):
+                    if framework.mark_converted is not None:
+                        framework.mark_converted(wrapped)
+        except BaseException:  # Ctrl-C too
+            undo()
+            raise
     unprepare(model)
     return model
 

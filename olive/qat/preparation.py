@@ -17,6 +17,7 @@ from olive.qat.config import QATConfig
 from olive.qat.latent import LatentWeight
 from olive.qat.layers import QATConv1D, QATConv2d, QATEmbedding, QATLayer, QATLinear
 from olive.qat.selection import Layer, Selection, select
+from olive.qat.undo import keeps_requires_grad
 from olive.qat.weight_quantizers import LSQWeight, MinMax, StatsQ, WeightQuantizer
 from olive.walk import check_skip, exchange, skip_matches
 
@@ -52,19 +53,19 @@ def prepare(model: nn.Module, config: QATConfig | None = None, *, batch: Any = N
     _check(model, config, batch)
     selection = select(model, config)
     _check_layers(model, config, selection)
-    replacements = _replacements(model, config, selection)
-    undo = exchange(model, replacements)
-    try:
-        if batch is not None:
-            for _ in run_batches(model, [batch]):
-                pass
-            _check_reached(model)
-        for framework, wrapped in framework_models(model):
-            if framework.mark_prepared is not None:
-                framework.mark_prepared(wrapped)
-    except BaseException:  # Ctrl-C too
-        undo()
-        raise
+    with keeps_requires_grad(model):  # attention under qkr changes it
+        undo = exchange(model, _replacements(model, config, selection))
+        try:
+            if batch is not None:
+                for _ in run_batches(model, [batch]):
+                    pass
+                _check_reached(model)
+            for framework, wrapped in framework_models(model):
+                if framework.mark_prepared is not None:
+                    framework.mark_prepared(wrapped)
+        except BaseException:  # Ctrl-C too
+            undo()
+            raise
     vars(model)[_CONFIG] = config
     model.register_forward_pre_hook(_refuse_unset_shards)
     return model
@@ -114,6 +115,11 @@ def _check(model: object, config: object, batch: Any) -> None:
 
 def _check_layers(model: nn.Module, config: QATConfig, selection: Selection) -> None:
     check_skip(model, config.skip)
+    if any(layer.module is model for layer in selection.layers):
+        raise ValueError(
+            f"model: expected a model with layers in it, got a single {type(model).__name__}, which cannot "
+            f"be exchanged in place; wrap it in nn.Sequential"
+        )
     if not any(layer.role == "body" for layer in selection.layers):
         reasons = sorted({one.reason for one in selection.skipped})
         raise ValueError(
@@ -121,11 +127,6 @@ def _check_layers(model: nn.Module, config: QATConfig, selection: Selection) -> 
             f"({'; '.join(reasons) or 'no parameters'})"
         )
     for layer in selection.layers:
-        if layer.module is model:
-            raise ValueError(
-                f"model: expected a model with layers in it, got a single {type(model).__name__}, which "
-                f"cannot be exchanged in place; wrap it in nn.Sequential"
-            )
         check_finite(layer.name, layer.module.weight)  # type: ignore[arg-type]
 
 

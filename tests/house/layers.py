@@ -20,7 +20,8 @@ LAYERS: tuple[frozenset[str], ...] = (
     frozenset({"sequential"}),
     frozenset({"quantization"}),
     frozenset({"qat", "lift"}),
-    frozenset({"doctor", "eval", "hf", "reports"}),
+    frozenset({"doctor", "eval", "reports"}),
+    frozenset({"hf"}),
     frozenset({"cli"}),
     frozenset({"__main__"}),
 )
