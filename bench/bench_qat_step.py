@@ -119,7 +119,7 @@ def main(
     threads: Annotated[int, typer.Option(help="Torch threads.")] = 2,
     output: Annotated[Path | None, typer.Option(help="CSV to append to.")] = RESULTS / "qat_step.csv",
 ) -> None:
-    """Time, print a table, append to the CSV."""
+    """Time, print a table, append to the CSV (not after a smoke run)."""
     torch.set_num_threads(threads)
     where = torch.device(device)
     window = 16 if tiny else min(WINDOW, tokens)
@@ -149,7 +149,7 @@ def main(
         entry = rows[-1]
         table.add_row(name, entry["median_ms"], f"{entry['q20_ms']}-{entry['q80_ms']}", f"{ratio:.2f}")
     Console(width=110).print(table)
-    if output is not None:
+    if output is not None and not tiny:
         append_csv(output, rows)
 
 

@@ -9,7 +9,7 @@ once, the last one counts.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Annotated
 
@@ -17,6 +17,7 @@ import typer
 
 from bench.common import RESULTS, ROOT
 from bench.gpu.readme import GPU_SECTIONS, gpu_tables
+from bench.qat_tables import digits_table, language_table, step_table
 from bench.quality_table import readme_table
 from bench.tables import Row, markdown, read_rows
 
@@ -146,11 +147,19 @@ def generate_table(rows: list[Row]) -> str:
     return f"{markdown(['model', 'tokens per second', 'speed-up'], lines)}\n\n{where}"
 
 
+def qat_section(table: Callable[[Sequence[Row]], str], command: str) -> Callable[[list[Row]], str]:
+    """A table of quantization-aware training, and where it comes from."""
+    return lambda rows: f"{table(rows)}\n\n{measured(rows, command)}"
+
+
 SECTIONS: dict[str, tuple[str, Callable[[list[Row]], str]]] = {
     "quality": ("quality.csv", quality_table),
     "ovp_linear": ("ovp_linear.csv", linear_table),
     "ovp_linear_quantized": ("ovp_linear.csv", quantized_table),
     "generate": ("generate.csv", generate_table),
+    "qat_digits": ("qat_digits.csv", qat_section(digits_table, "python -m bench.bench_qat_digits")),
+    "qat_language": ("qat_language.csv", qat_section(language_table, "python -m bench.bench_qat_language")),
+    "qat_step": ("qat_step.csv", qat_section(step_table, "python -m bench.bench_qat_step")),
 }
 
 

@@ -15,6 +15,7 @@ from bench import (  # noqa: E402
     bench_ovp_decode,
     bench_ovp_encode,
     bench_ovp_linear,
+    bench_qat_step,
     bench_training_ops,
     plots,
 )
@@ -22,7 +23,15 @@ from bench.timing import copies_for, take_turns  # noqa: E402
 
 
 @pytest.mark.parametrize(
-    "module", [bench_ovp_linear, bench_ovp_encode, bench_ovp_decode, bench_generate, bench_training_ops]
+    "module",
+    [
+        bench_ovp_linear,
+        bench_ovp_encode,
+        bench_ovp_decode,
+        bench_generate,
+        bench_training_ops,
+        bench_qat_step,
+    ],
 )
 def test_tiny_run_prints_a_table(module, tmp_path, monkeypatch):
     monkeypatch.setenv("COLUMNS", "160")
@@ -30,7 +39,12 @@ def test_tiny_run_prints_a_table(module, tmp_path, monkeypatch):
     app.command()(module.main)
     result = CliRunner().invoke(app, ["--tiny", "--threads", "1", "--output", str(tmp_path / "out.csv")])
     assert result.exit_code == 0, result.output
-    assert "olive" in result.output or "ovp" in result.output or "bfloat16" in result.output
+    assert (
+        "olive" in result.output
+        or "ovp" in result.output
+        or "bfloat16" in result.output
+        or "LSQ" in result.output
+    )
     assert not list(tmp_path.iterdir()), "a smoke run leaves no figures"
 
 

@@ -31,6 +31,12 @@ between
 <!-- /results -->
 <!-- results:gpu_quantize -->
 <!-- /results -->
+<!-- results:qat_digits -->
+<!-- /results -->
+<!-- results:qat_language -->
+<!-- /results -->
+<!-- results:qat_step -->
+<!-- /results -->
 end
 """
 NOT_MEASURED = "Not measured yet: `make gpu` on a machine with a GPU writes the figures.\n"
