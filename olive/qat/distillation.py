@@ -25,8 +25,16 @@ def distillation_loss(
     Returns:
         float32 scalar.
 
+    Raises:
+        ValueError: logits of two shapes.
+
     Source: Hinton et al., arXiv:1503.02531.
     """
+    if student.shape != teacher.shape:
+        raise ValueError(
+            f"teacher: expected logits of the student's shape {tuple(student.shape)}, got "
+            f"{tuple(teacher.shape)}"
+        )
     expected = functional.log_softmax(teacher.detach().float() / temperature, -1)
     got = functional.log_softmax(student.float() / temperature, -1)
     loss = functional.kl_div(got, expected, reduction="none", log_target=True).sum(-1)
@@ -67,6 +75,9 @@ class Distillation:
             expected = self.teacher(*args, **without_labels)["logits"]
         mask = _counting_positions(logits, kwargs)
         distilled = distillation_loss(logits, expected, temperature=self.temperature, mask=mask)
+        if (items := kwargs.get("num_items_in_batch")) is not None:
+            # The Trainer sums losses over the batches of a step, each a sum divided by this number.
+            distilled = distilled * (logits[..., 0].numel() if mask is None else mask.sum()) / items
         loss = output.get("loss")
         output["loss"] = distilled if loss is None else (1 - self.weight) * loss + self.weight * distilled
         return output

@@ -27,11 +27,15 @@ class IterativeFreezing(Attachment):
     code, and `fixed`, the code at which a weight is fixed for good.
 
     Args:
-        tracker: that follows the codes; it must not be attached to an optimizer itself.
         model: prepared.
         optimizer: of torch's, or wrapped by accelerate.
+        tracker: that follows the codes; it must not be attached to an optimizer itself.
         threshold: frequency above which a weight is fixed: a number, or what gives it for each step, counted
             from zero (None = fix nothing yet), e.g. a `CosineSchedule`.
+
+    Raises:
+        ValueError: a number out of 0 to 1, a model that is not prepared, or a tracker that is attached.
+        TypeError: no optimizer of torch's.
     """
 
     def __init__(
@@ -41,6 +45,13 @@ class IterativeFreezing(Attachment):
         tracker: OscillationTracker,
         threshold: float | Schedule,
     ) -> None:
+        if not callable(threshold) and not 0 < threshold < 1:
+            raise ValueError(f"threshold: expected between 0 and 1, got {threshold!r}")
+        if tracker.is_attached:
+            raise ValueError(
+                "tracker: expected one that is not attached, got one that looks at an optimizer's steps "
+                "itself, so each would count twice; call tracker.detach()"
+            )
         self._tracker, self._step = tracker, 0
         self._threshold: Schedule = threshold if callable(threshold) else lambda _: threshold
         self._latents = latent_weights(model)

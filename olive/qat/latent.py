@@ -52,9 +52,16 @@ class LatentWeight(nn.Module):
         """Set the latent weight to `values` where `where` says so."""
         raise NotImplementedError
 
-    def version(self) -> tuple[int, ...]:
-        """Another one after each change of the weight."""
+    def tensors(self) -> tuple[Tensor, ...]:
+        """What the latent weight and its grid follow from."""
         raise NotImplementedError
+
+    def version(self) -> tuple[int, ...]:
+        """Another one after each change of the weight or its grid."""
+        numbers: list[int] = []
+        for one in self.tensors():  # an optimizer changes a sharded tensor, `write` its local one
+            numbers += (one._version, local(one)._version, local(one).data_ptr())
+        return tuple(numbers)
 
     @property
     def is_sharded(self) -> bool:
@@ -195,9 +202,8 @@ class ParameterLatent(LatentWeight):
         latent = self.latent()
         latent.copy_(torch.where(where, values.to(latent.dtype), latent))
 
-    def version(self) -> tuple[int, ...]:
-        weight = local(self.weight)
-        return weight.data_ptr(), weight._version
+    def tensors(self) -> tuple[Tensor, ...]:
+        return self.weight, *self.weight_quantizer.parameters()
 
     @property
     def is_sharded(self) -> bool:

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from olive.qat.latent import LatentWeight
-from olive.qat.weight_quantizers import StatsQ, local
+from olive.qat.weight_quantizers import StatsQ
 
 
 def _whole(tensor: Tensor) -> Tensor:
@@ -92,10 +92,9 @@ class MergedWeight(LatentWeight):
         """M with gradients to W_q and W_k, float32 [H C, C]."""
         return self._effective()
 
-    def version(self) -> tuple[int, ...]:
-        tensors = [local(one.weight) for one in self._projections]
-        tensors += [] if self.held is None else [self.held]
-        return tuple(part for one in tensors for part in (one.data_ptr(), one._version))
+    def tensors(self) -> tuple[Tensor, ...]:
+        weights = tuple(one.weight for one in self._projections)
+        return weights if self.held is None or self.frozen is None else (*weights, self.held, self.frozen)
 
     def key_bias(self) -> Tensor | None:
         """u^h = (W_k^g(h))^T b_q^h, float32 [H, C]: what the queries' bias adds to the logits of a key."""

@@ -89,6 +89,11 @@ class OscillationTracker:
         self.detach()
         self._attached = Attachment(optimizer, observe=self.update)
 
+    @property
+    def is_attached(self) -> bool:
+        """Whether it looks at an optimizer's steps by itself."""
+        return self._attached is not None
+
     def detach(self) -> None:
         """Stop looking at an optimizer's steps."""
         if self._attached is not None:
@@ -102,9 +107,7 @@ class OscillationTracker:
         Raises:
             ValueError: NaN in a latent weight, with the layer's name.
         """
-        counts = torch.stack([self._counts(latent) for latent in self._latents.values()])
-        if any(latent.is_sharded for latent in self._latents.values()):
-            dist.all_reduce(counts)
+        counts = self._summed([self._counts(latent) for latent in self._latents.values()])
         found = {}
         for (name, _), row in zip(self._latents.items(), counts.tolist(), strict=True):
             values, oscillating, near, not_finite = row
@@ -112,6 +115,17 @@ class OscillationTracker:
                 raise ValueError(f"{name}: expected finite latent weights, got {int(not_finite)} NaN or Inf")
             found[name] = LayerOscillation(int(values), oscillating / values, near / values)
         return found
+
+    def _summed(self, parts: list[Tensor]) -> Tensor:
+        """One row for each weight, of all its rows; of those that are not sharded this process has all."""
+        sharded = torch.tensor([latent.is_sharded for latent in self._latents.values()])
+        total = torch.stack(parts)
+        if bool(sharded.any()):
+            own = torch.where(sharded.to(total.device)[:, None], total, 0)
+            whole = total - own
+            dist.all_reduce(own)
+            total = own + whole
+        return total
 
     def _counts(self, latent: LatentWeight) -> Tensor:
         weight = latent.latent()
@@ -143,10 +157,8 @@ class OscillationTracker:
         Returns:
             float64 [bins], in all processes.
         """
-        total = torch.zeros(bins, dtype=torch.float64)
+        parts = []
         for latent in self._latents.values():
-            distance = latent.grid().from_threshold(latent.latent()).cpu()
-            total += torch.histc(distance.double(), bins, -0.5, 0.5)
-        if any(latent.is_sharded for latent in self._latents.values()):
-            dist.all_reduce(total)
-        return total
+            distance = latent.grid().from_threshold(latent.latent()).double()
+            parts.append(torch.histc(distance, bins, -0.5, 0.5))
+        return self._summed(parts).sum(0).cpu()

@@ -122,5 +122,5 @@ def upward(found: Import) -> bool:
     if target == found.source:
         return False
     if target == ROOT_PART:  # `import olive`, for its version: by the highest layers, when they run
-        return not (found.lazy and level(found.source) >= level("hf"))
+        return not (found.lazy and level(found.source) >= level("reports"))
     return level(target) >= level(found.source)
