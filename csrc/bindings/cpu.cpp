@@ -6,6 +6,7 @@
 #include <vector>
 
 #include "bindings/arguments.h"
+#include "bindings/cpu_uniform.h"
 #include "cpu/api.h"
 
 namespace py = pybind11;
@@ -265,6 +266,7 @@ PYBIND11_MODULE(OLIVE_CPU_MODULE, module) {
   module.def("quantize8", &olive::quantize8);
   module.def("decode8", &olive::decode8);
   module.def("linear8", &olive::linear8);
+  olive::define_uniform(module);
   module.def("supported_isas", &olive::supported_isas);
   module.def("default_isa", [] { return std::string(olive::isa_name(olive::default_isa())); });
 }

@@ -14,3 +14,5 @@ set.encode8_rows = encode8_rows;
 set.decode8_rows = decode8_rows;
 set.float_rows = float_rows;
 set.linear8 = linear8;
+set.uniform_rows = uniform_rows;
+set.uniform_linear = uniform_linear;

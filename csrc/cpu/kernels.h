@@ -142,6 +142,11 @@ struct Compensation {
   float* loss;     // [rows]
 };
 
+// Weights of integer codes on a uniform grid: cpu/uniform.h.
+struct UniformInput;
+struct UniformLinear;
+struct UniformSource;
+
 struct Kernels {
   // Convert rows [begin, end) of x [M, K]; rows past M become zero.
   void (*convert_rows)(const Activations& to, const void* x, Float type, int64_t k, int64_t begin, int64_t end);
@@ -181,6 +186,10 @@ struct Kernels {
   void (*float_rows)(const void* x, Float type, int64_t k, int64_t stride, int64_t begin, int64_t end, float* to);
   // Outputs [m_begin, m_end) x rows of the weight [begin, end).
   void (*linear8)(const Linear8&, int64_t m_begin, int64_t m_end, int64_t begin, int64_t end);
+  // Convert or quantize rows [begin, end) of an activation for `uniform_linear`.
+  void (*uniform_rows)(const UniformInput& to, const UniformSource&, int64_t begin, int64_t end);
+  // Outputs [m_begin, m_end) x rows of the weight [begin, end).
+  void (*uniform_linear)(const UniformLinear&, int64_t m_begin, int64_t m_end, int64_t begin, int64_t end);
 };
 
 // Defined once per instruction set, in namespaces of the same name; on x86 only, but for the first.

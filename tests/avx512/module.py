@@ -169,7 +169,8 @@ def emulated_cpu(folder: Path) -> ModuleType:
     python = (f"-I{pybind11.get_include()}", f"-I{sysconfig.get_path('include')}")
     # The slowest first: they decide when two at a time are done.
     units = [Unit(CSRC / f"cpu/{name}.cpp", (*common, *flags)) for name, flags in KERNELS.items()]
-    units.append(Unit(CSRC / "bindings/cpu.cpp", (*common, *python)))
+    bindings = sorted((CSRC / "bindings").glob("cpu*.cpp"))
+    units += [Unit(path, (*common, *python)) for path in bindings]
     others = (path for path in sorted((CSRC / "cpu").glob("*.cpp")) if path.stem not in KERNELS)
     units += [Unit(path, common) for path in others]
     spec = importlib.util.spec_from_file_location(NAME, build(NAME, units, folder))
