@@ -34,15 +34,24 @@ inline UniformFloats doubled_levels(const UniformSums* sums, const int32_t* offs
   return first;
 }
 
-// Scales of a row of the weight for the lanes of a span that begins at vector `first`.
-inline UniformFloats span_scale(const UniformLinear& problem, int64_t row, int64_t first) {
+// Where a span lies among the groups of the weight.
+struct UniformPlace {
+  int64_t group, column, next;  // next: first column of the next group
+
+  explicit UniformPlace(const UniformLinear& problem) : group(0), column(0), next(problem.group_size) {}
+  void advance(const UniformLinear& problem, int64_t columns) {
+    for (column += columns; column >= next; next += problem.group_size) ++group;
+  }
+};
+
+// Scales of a row of the weight for the lanes of a span: one, or of a span that is a single vector several.
+inline UniformFloats span_scale(const UniformLinear& problem, int64_t row, const UniformPlace& place) {
   const float* scale = problem.scale + row * problem.groups;
   const int columns = problem.x.columns();
-  const int64_t column = first * columns;
-  if (problem.group_size % columns == 0) return UniformFloats{} + scale[column / problem.group_size];
+  if (place.column + columns <= place.next) return UniformFloats{} + scale[place.group];
   UniformFloats lanes;
   for (int i = 0; i < kUniformLanes; ++i) {
-    const int64_t group = (column + i * columns / kUniformLanes) / problem.group_size;
+    const int64_t group = (place.column + i * columns / kUniformLanes) / problem.group_size;
     lanes[i] = scale[group < problem.groups ? group : problem.groups - 1];  // past K activations are 0
   }
   return lanes;
@@ -73,12 +82,13 @@ void uniform_tile(const UniformLinear& problem, int64_t m, int64_t row, int64_t 
     UniformFloats total[kRows][kInputs];
     repeat<kRows * kInputs>(OLIVE_EACH(i) { total[i / kInputs][i % kInputs] = UniformFloats{}; });
     const int64_t count = kCount > 0 ? kCount : x.span;
+    UniformPlace place(problem);
     for (int64_t span = 0; span < spans; ++span) {
       UniformSums sums[kRows][kInputs][kUniformWords];
       span_sums<kWidth, kUnsigned, kDigits, kInputs, kRows, kCount>(codes, inputs, step, count, sums);
       repeat<kRows>(OLIVE_EACH(r) {
         UniformFloats scale = UniformFloats{} + 1.0f;
-        if (problem.groups > 1) scale = span_scale(problem, row + (r < rows ? r : 0), span * count);
+        if (problem.groups > 1) scale = span_scale(problem, row + (r < rows ? r : 0), place);
         repeat<kInputs>(OLIVE_EACH(i) {
           const int64_t index = (m + i) * spans + span;
           const int32_t* offset = x.offset + index * x.offsets() * kUniformLanes;
@@ -89,6 +99,7 @@ void uniform_tile(const UniformLinear& problem, int64_t m, int64_t row, int64_t 
         codes[r] += count * kUniformBytes;
       });
       repeat<kInputs>(OLIVE_EACH(i) { inputs[i] += count * step; });
+      place.advance(problem, count * x.columns());
     }
     repeat<kRows * kInputs>(
         OLIVE_EACH(i) { values[i / kInputs][i % kInputs] = uniform_fold(total[i / kInputs][i % kInputs]); });
