@@ -9,18 +9,29 @@ from typer.testing import CliRunner
 
 typer = pytest.importorskip("typer")
 
-from bench import bench_generate, bench_gptq, bench_ovp_decode, bench_ovp_encode, bench_ovp_linear, plots  # noqa: E402
+from bench import (  # noqa: E402
+    bench_generate,
+    bench_gptq,
+    bench_ovp_decode,
+    bench_ovp_encode,
+    bench_ovp_linear,
+    bench_uniform_linear,
+    plots,
+)
 from bench.timing import copies_for, take_turns  # noqa: E402
 
 
-@pytest.mark.parametrize("module", [bench_ovp_linear, bench_ovp_encode, bench_ovp_decode, bench_generate])
+@pytest.mark.parametrize(
+    "module",
+    [bench_ovp_linear, bench_ovp_encode, bench_ovp_decode, bench_generate, bench_uniform_linear],
+)
 def test_tiny_run_prints_a_table(module, tmp_path, monkeypatch):
     monkeypatch.setenv("COLUMNS", "160")
     app = typer.Typer()
     app.command()(module.main)
     result = CliRunner().invoke(app, ["--tiny", "--threads", "1", "--output", str(tmp_path / "out.csv")])
     assert result.exit_code == 0, result.output
-    assert "olive" in result.output or "ovp" in result.output or "bfloat16" in result.output
+    assert any(name in result.output for name in ("olive", "ovp", "bfloat16", "w4a8"))
     assert not list(tmp_path.iterdir()), "a smoke run leaves no figures"
 
 
