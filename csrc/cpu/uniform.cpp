@@ -47,7 +47,6 @@ void uniform_linear(Isa isa, const UniformArguments& arguments) {
   x.span = span_of(arguments, problem.group_size, columns);
   x.vectors = ceil_div(arguments.k, x.span * columns) * x.span;
   x.stride = x.vectors * x.vector_bytes() + kRowPadding;
-  x.one_sum = quantizer != nullptr && problem.groups == 1;
   problem.codes = arguments.codes;
   problem.row_bytes = (arguments.k * x.width + 7) / 8;
   problem.n = problem.last = arguments.n;

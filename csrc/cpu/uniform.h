@@ -38,7 +38,6 @@ struct UniformInput {
   float* scale;      // [M, spans] of fixed-point numbers, else nullptr
   int32_t* offset;   // [M, spans, offsets(), 8] -zero * sum of q, by lane
   float* row_scale;  // [M] of levels; NaN where a value of the row is; else nullptr
-  bool one_sum;      // levels with one scale per row of the weight: one span
   int fields() const { return 8 / width; }
   int columns() const { return uniform_columns(width); }
   int element() const { return width == 8 ? 2 : 1; }  // bytes of a digit

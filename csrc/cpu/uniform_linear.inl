@@ -45,69 +45,82 @@ struct UniformPlace {
 };
 
 // Scales of a row of the weight for the lanes of a span: one, or of a span that is a single vector several.
+template <int kWidth>
 inline UniformFloats span_scale(const UniformLinear& problem, int64_t row, const UniformPlace& place) {
+  constexpr int kColumns = 8 * kUniformBytes / kWidth;
   const float* scale = problem.scale + row * problem.groups;
-  const int columns = problem.x.columns();
-  if (place.column + columns <= place.next) return UniformFloats{} + scale[place.group];
+  if (place.column + kColumns <= place.next) return UniformFloats{} + scale[place.group];
   UniformFloats lanes;
   for (int i = 0; i < kUniformLanes; ++i) {
-    const int64_t group = (place.column + i * columns / kUniformLanes) / problem.group_size;
+    const int64_t group = (place.column + i * kColumns / kUniformLanes) / problem.group_size;
     lanes[i] = scale[group < problem.groups ? group : problem.groups - 1];  // past K activations are 0
   }
   return lanes;
 }
 
-// Outputs of kInputs rows of activations with kRows rows of the weight, of which `rows` exist. kCount: vectors of a
-// span, where that is a constant; 0 = it is not.
-template <int kWidth, bool kUnsigned, int kDigits, int kInputs, int kRows, int kCount>
+// What uniform_tile computes: kDigits of activations; kCount vectors of a span where that is a constant, as it is with
+// fixed point, else 0; kGrouped: whether the weight has several scales per row.
+template <int kWidthOf, bool kUnsignedOf, int kDigitsOf, int kCountOf, bool kGroupedOf>
+struct UniformKind {
+  static constexpr int kWidth = kWidthOf, kDigits = kDigitsOf, kCount = kCountOf;
+  static constexpr bool kUnsigned = kUnsignedOf, kGrouped = kGroupedOf, kFixedPoint = kCount > 0;
+  static constexpr bool kOneSum = !kFixedPoint && !kGrouped;
+};
+
+// Outputs of kInputs rows of activations with kRows rows of the weight, of which `rows` exist.
+template <class Kind, int kInputs, int kRows>
 void uniform_tile(const UniformLinear& problem, int64_t m, int64_t row, int64_t rows) {
   const UniformInput& x = problem.x;
-  const int64_t step = x.vector_bytes(), spans = x.spans();
+  const int64_t step = x.vector_bytes(), spans = x.spans(), count = Kind::kFixedPoint ? Kind::kCount : x.span;
+  const int64_t offsets = Kind::kWidth == 8 ? Kind::kDigits * kUniformLanes : kUniformLanes;
   const uint8_t *codes[kRows], *inputs[kInputs];
+  const int32_t* offset[kInputs];
+  const float* scale_x[kInputs];
   repeat<kRows>(OLIVE_EACH(r) { codes[r] = problem.row_codes(row + (r < rows ? r : 0)); });
-  repeat<kInputs>(OLIVE_EACH(i) { inputs[i] = x.data + (m + i) * x.stride; });
-  float values[kRows][kInputs];
-  if (kCount == 0 && x.one_sum) {
+  repeat<kInputs>(OLIVE_EACH(i) {
+    inputs[i] = x.data + (m + i) * x.stride;
+    offset[i] = x.offset + (m + i) * spans * offsets;
+    scale_x[i] = Kind::kFixedPoint ? x.scale + (m + i) * spans : nullptr;
+  });
+  UniformFloats total[kRows][kInputs];
+  repeat<kRows * kInputs>(OLIVE_EACH(i) { total[i / kInputs][i % kInputs] = UniformFloats{}; });
+  UniformPlace place(problem);
+  for (int64_t span = 0; span < spans; ++span) {
     UniformSums sums[kRows][kInputs][kUniformWords];
-    span_sums<kWidth, kUnsigned, kDigits, kInputs, kRows, 0>(codes, inputs, step, x.span, sums);
-    for (int r = 0; r < kRows; ++r) {
-      for (int i = 0; i < kInputs; ++i) {
-        const UniformSums lanes = sums[r][i][0] + load<UniformSums>(x.offset + (m + i) * kUniformLanes);
-        int64_t sum = 0;
-        for (int lane = 0; lane < kUniformLanes; ++lane) sum += lanes[lane];
-        values[r][i] = static_cast<float>(sum);
+    span_sums<Kind::kWidth, Kind::kUnsigned, Kind::kDigits, kInputs, kRows, Kind::kCount>(codes, inputs, step, count,
+                                                                                          sums);
+    if constexpr (Kind::kOneSum) {
+      for (int r = 0; r < kRows; ++r) {
+        for (int i = 0; i < kInputs; ++i) {
+          const UniformSums lanes = sums[r][i][0] + load<UniformSums>(offset[i]);
+          int64_t sum = 0;
+          for (int lane = 0; lane < kUniformLanes; ++lane) sum += lanes[lane];
+          total[r][i][0] = static_cast<float>(sum);
+        }
       }
+      break;  // it is the only one
     }
-  } else {
-    UniformFloats total[kRows][kInputs];
-    repeat<kRows * kInputs>(OLIVE_EACH(i) { total[i / kInputs][i % kInputs] = UniformFloats{}; });
-    const int64_t count = kCount > 0 ? kCount : x.span;
-    UniformPlace place(problem);
-    for (int64_t span = 0; span < spans; ++span) {
-      UniformSums sums[kRows][kInputs][kUniformWords];
-      span_sums<kWidth, kUnsigned, kDigits, kInputs, kRows, kCount>(codes, inputs, step, count, sums);
-      repeat<kRows>(OLIVE_EACH(r) {
-        UniformFloats scale = UniformFloats{} + 1.0f;
-        if (problem.groups > 1) scale = span_scale(problem, row + (r < rows ? r : 0), place);
-        repeat<kInputs>(OLIVE_EACH(i) {
-          const int64_t index = (m + i) * spans + span;
-          const int32_t* offset = x.offset + index * x.offsets() * kUniformLanes;
-          const float scale_x = kCount > 0 ? x.scale[index] : 1.0f;
-          const UniformFloats sum = doubled_levels<kWidth, kDigits>(sums[r][i], offset);
-          total[r][i] = uniform_fused(sum, scale * scale_x, total[r][i]);
-        });
-        codes[r] += count * kUniformBytes;
+    repeat<kRows>(OLIVE_EACH(r) {
+      UniformFloats scale = UniformFloats{} + 1.0f;
+      if constexpr (Kind::kGrouped) scale = span_scale<Kind::kWidth>(problem, row + (r < rows ? r : 0), place);
+      repeat<kInputs>(OLIVE_EACH(i) {
+        const UniformFloats sum = doubled_levels<Kind::kWidth, Kind::kDigits>(sums[r][i], offset[i]);
+        const UniformFloats factor = Kind::kFixedPoint ? scale * *scale_x[i] : scale;
+        total[r][i] = uniform_fused(sum, factor, total[r][i]);
       });
-      repeat<kInputs>(OLIVE_EACH(i) { inputs[i] += count * step; });
-      place.advance(problem, count * x.columns());
-    }
-    repeat<kRows * kInputs>(
-        OLIVE_EACH(i) { values[i / kInputs][i % kInputs] = uniform_fold(total[i / kInputs][i % kInputs]); });
+      codes[r] += count * kUniformBytes;
+    });
+    repeat<kInputs>(OLIVE_EACH(i) {
+      inputs[i] += count * step;
+      offset[i] += offsets;
+      if constexpr (Kind::kFixedPoint) ++scale_x[i];
+    });
+    if constexpr (Kind::kGrouped) place.advance(problem, count * (8 * kUniformBytes / Kind::kWidth));
   }
   for (int r = 0; r < rows; ++r) {
     for (int i = 0; i < kInputs; ++i) {
-      float value = values[r][i] * 0.5f;
-      if (problem.groups == 1) value *= problem.scale[row + r];
+      float value = (Kind::kOneSum ? total[r][i][0] : uniform_fold(total[r][i])) * 0.5f;
+      if (!Kind::kGrouped) value *= problem.scale[row + r];
       if (x.row_scale != nullptr) value *= x.row_scale[m + i];
       if (problem.bias != nullptr) value += load_float(problem.bias, row + r, problem.bias_type);
       store_float(problem.out, (m + i) * problem.n + row + r, problem.out_type, value);
@@ -117,41 +130,51 @@ void uniform_tile(const UniformLinear& problem, int64_t m, int64_t row, int64_t 
 
 // One row of activations with four rows of the weight, or two with several digits; of more rows as many digits as
 // sixteen registers hold with two.
-template <int kWidth, bool kUnsigned, int kDigits, int kCount>
+template <class Kind>
 void uniform_tiles(const UniformLinear& problem, int64_t m_begin, int64_t m_end, int64_t begin, int64_t end) {
-  constexpr int kMost = kDigits == 1 ? 4 : 2, kFewRows = 2, kOneRows = kDigits == 1 ? kUniformRows : kFewRows;
+  constexpr int kMost = Kind::kDigits == 1 ? 4 : 2, kFewRows = 2;
+  constexpr int kOneRows = Kind::kDigits == 1 ? kUniformRows : kFewRows;
   const bool one = m_end - m_begin == 1;
   const int64_t together = one ? kOneRows : kFewRows;
   for (int64_t row = begin; row < end; row += together) {
     const int64_t rows = end - row < together ? end - row : together;
     if (one) {
-      uniform_tile<kWidth, kUnsigned, kDigits, 1, kOneRows, kCount>(problem, m_begin, row, rows);
+      uniform_tile<Kind, 1, kOneRows>(problem, m_begin, row, rows);
       continue;
     }
     int64_t m = m_begin;
-    for (; m + kMost <= m_end; m += kMost) {
-      uniform_tile<kWidth, kUnsigned, kDigits, kMost, kFewRows, kCount>(problem, m, row, rows);
-    }
-    for (; m < m_end; ++m) uniform_tile<kWidth, kUnsigned, kDigits, 1, kFewRows, kCount>(problem, m, row, rows);
+    for (; m + kMost <= m_end; m += kMost) uniform_tile<Kind, kMost, kFewRows>(problem, m, row, rows);
+    for (; m < m_end; ++m) uniform_tile<Kind, 1, kFewRows>(problem, m, row, rows);
   }
 }
 
 template <int kWidth, int kDigits>
 void uniform_fixed_point(const UniformLinear& problem, int64_t m_begin, int64_t m_end, int64_t begin, int64_t end) {
   constexpr int kWhole = kUniformBlock * kWidth / (8 * kUniformBytes);
-  if (problem.x.span == kWhole) {
-    return uniform_tiles<kWidth, false, kDigits, kWhole>(problem, m_begin, m_end, begin, end);
+  if (problem.groups == 1) {
+    return uniform_tiles<UniformKind<kWidth, false, kDigits, kWhole, false>>(problem, m_begin, m_end, begin, end);
   }
-  uniform_tiles<kWidth, false, kDigits, 1>(problem, m_begin, m_end, begin, end);
+  if (problem.x.span == kWhole) {
+    return uniform_tiles<UniformKind<kWidth, false, kDigits, kWhole, true>>(problem, m_begin, m_end, begin, end);
+  }
+  uniform_tiles<UniformKind<kWidth, false, kDigits, 1, true>>(problem, m_begin, m_end, begin, end);
+}
+
+template <int kWidth, bool kUnsigned>
+void uniform_levels(const UniformLinear& problem, int64_t m_begin, int64_t m_end, int64_t begin, int64_t end) {
+  if (problem.groups == 1) {
+    return uniform_tiles<UniformKind<kWidth, kUnsigned, 1, 0, false>>(problem, m_begin, m_end, begin, end);
+  }
+  uniform_tiles<UniformKind<kWidth, kUnsigned, 1, 0, true>>(problem, m_begin, m_end, begin, end);
 }
 
 template <int kWidth>
 void uniform_width(const UniformLinear& problem, int64_t m_begin, int64_t m_end, int64_t begin, int64_t end) {
   if (problem.x.scale == nullptr) {
     if (kWidth < 8 && problem.unsigned_x) {
-      return uniform_tiles<kWidth, kWidth != 8, 1, 0>(problem, m_begin, m_end, begin, end);
+      return uniform_levels<kWidth, kWidth != 8>(problem, m_begin, m_end, begin, end);
     }
-    return uniform_tiles<kWidth, false, 1, 0>(problem, m_begin, m_end, begin, end);
+    return uniform_levels<kWidth, false>(problem, m_begin, m_end, begin, end);
   }
   constexpr int kLeast = kWidth == 8 ? 1 : 2;  // digits of 15 bits
   if (problem.x.digits == kLeast) return uniform_fixed_point<kWidth, kLeast>(problem, m_begin, m_end, begin, end);
