@@ -15,6 +15,7 @@ from olive.kernels.ovp_linear import ovp_linear_triton
 from olive.kernels.ovp_linear_quantized import ovp_linear_quantized_triton
 from olive.kernels.ovp_quantize import ovp_quantize_triton
 from olive.kernels.quantize_activations import quantize_activations_triton
+from olive.kernels.uniform_linear import uniform_linear_triton
 
 __all__ = [
     "ovp8_decode_triton",
@@ -26,4 +27,5 @@ __all__ = [
     "ovp_linear_triton",
     "ovp_quantize_triton",
     "quantize_activations_triton",
+    "uniform_linear_triton",
 ]

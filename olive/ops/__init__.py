@@ -6,6 +6,7 @@ from olive.ops import (  # noqa: F401  (registers)
     autograd,
     compensate,
     cpu_quantized,
+    cpu_uniform,
     reference,
     reference_quantized,
     schemas,

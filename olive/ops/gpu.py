@@ -24,6 +24,8 @@ from olive.ops import (
     reference_quantized,
     triton,
     triton_quantized,
+    triton_uniform,
+    uniform,
 )
 from olive.ops.schemas import library
 
@@ -45,6 +47,7 @@ _REFERENCE: _Functions = {
     "ovp8_quantize": reference_quantized.ovp8_quantize_reference,
     "ovp8_decode": reference_quantized.ovp8_decode_reference,
     "ovp8_linear": reference_quantized.ovp8_linear_reference,
+    "uniform_linear": uniform.uniform_linear_reference,
 }
 _TRITON: _Functions = {
     **_REFERENCE,
@@ -57,6 +60,7 @@ _TRITON: _Functions = {
     "ovp8_quantize": triton_quantized.ovp8_quantize_triton,
     "ovp8_decode": triton_quantized.ovp8_decode_triton,
     "ovp8_linear": triton_quantized.ovp8_linear_triton,
+    "uniform_linear": triton_uniform.uniform_linear_triton,
 }
 
 
@@ -88,6 +92,7 @@ _BACKENDS: dict[str, _Functions] = {
         "ovp8_quantize": _without_cuda("ovp8_quantize"),
         "ovp8_decode": _without_cuda("ovp8_decode"),
         "ovp8_linear": _without_cuda("ovp8_linear"),
+        "uniform_linear": _without_cuda("uniform_linear"),
     },
     "triton": _TRITON,
     "reference": _REFERENCE,
