@@ -264,6 +264,7 @@ PYBIND11_MODULE(OLIVE_CPU_MODULE, module) {
   module.def("decode8", &olive::decode8);
   module.def("linear8", &olive::linear8);
   olive::bind_training(module);
+  olive::bind_uniform(module);
   module.def("supported_isas", &olive::supported_isas);
   module.def("default_isa", [] { return std::string(olive::isa_name(olive::default_isa())); });
 }

@@ -15,4 +15,7 @@ inline Isa isa_of(const std::string& name) { return name.empty() ? default_isa()
 // Adds the operators of training to the module.
 void bind_training(pybind11::module_& module);
 
+// Adds the operators on uniform integer weights.
+void bind_uniform(pybind11::module_& module);
+
 }  // namespace olive

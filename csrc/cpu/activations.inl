@@ -21,28 +21,40 @@ inline I16 round_to_int(F16 value) {  // |value| <= 2^22, ties to even
   return as_int(value + magic) - as_int(magic);
 }
 
-inline void convert_block(const Activations& to, const float* values, int64_t row, int64_t block) {
-  F16 most = {};
-  I16 bad = {};
-  for (int i = 0; i < to.block; i += kLanes) {
-    const F16 magnitude = absolute(load<F16>(values + i));
-    bad |= as_int(magnitude) >= 0x7F800000;
-    most = select(magnitude > most, magnitude, most);
+struct FixedPoint {
+  float multiple;  // q = round(x * multiple)
+  float scale;     // x ~ q * scale
+  bool bad;        // a value is NaN or Inf; multiple is 0
+};
+
+// `shift`: 13 or, for float32, 21.
+inline FixedPoint fixed_point(const float* values, int count, int shift) {
+  FPart most[kParts] = {};
+  IPart bad = {};
+  for (int i = 0; i < count; i += kLanes) {
+    repeat<kParts>(OLIVE_EACH(part) {
+      const FPart magnitude = absolute(load<FPart>(values + i + part * kPart));
+      bad |= as_int(magnitude) >= 0x7F800000;
+      most[part] = select(magnitude > most[part], magnitude, most[part]);
+    });
   }
   const int exponent = static_cast<int>(float_to_bits(reduce_max(most)) >> 23);
-  const bool zero = exponent < kMinExponent || any(bad);
+  if (any(bad)) return {0.0f, __builtin_nanf(""), true};
+  if (exponent < kMinExponent) return {0.0f, 0.0f, false};
+  return {bits_to_float(static_cast<uint32_t>(254 + shift - exponent) << 23),
+          bits_to_float(static_cast<uint32_t>(exponent - shift) << 23), false};
+}
+
+inline void convert_block(const Activations& to, const float* values, int64_t row, int64_t block) {
   const bool wide = to.digits == 3;
-  const int shift = wide ? 21 : 13;
-  const float multiple = zero ? 0.0f : bits_to_float(static_cast<uint32_t>(254 + shift - exponent) << 23);
+  const FixedPoint form = fixed_point(values, to.block, wide ? 21 : 13);
   const int64_t index = to.index(row, block);
-  to.scale[index] = any(bad) ? __builtin_nanf("")
-                    : zero   ? 0.0f
-                             : bits_to_float(static_cast<uint32_t>(exponent - shift) << 23);
+  to.scale[index] = form.scale;
   I16 sum = {}, rest_sum = {};
   for (int i = 0; i < to.block; i += kLanes) {
     const int64_t at = to.at(row, block) + i;
-    F16 scaled = load<F16>(values + i) * multiple;
-    if (any(bad)) scaled = F16{};  // NaN x 0 is NaN
+    F16 scaled = load<F16>(values + i) * form.multiple;
+    if (form.bad) scaled = F16{};  // NaN x 0 is NaN
     I16 q = even_first(round_to_int(scaled)), rest = {};
     if (wide) {
       const I16 high = (q + 128) >> 8;

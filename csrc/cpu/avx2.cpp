@@ -1,5 +1,6 @@
 // AVX2: one vpshufb decodes 32 nibbles, vpmaddwd multiplies 16-bit words.
 #include "cpu/lanes.h"
+#include "cpu/uniform.h"
 
 namespace olive {
 namespace avx2 {
@@ -26,6 +27,12 @@ namespace {
 #include "cpu/activations.inl"
 
 #include "cpu/quantize_activations.inl"
+
+#include "cpu/uniform_input.inl"
+
+#include "cpu/uniform_dot_avx2.inl"
+
+#include "cpu/uniform_linear.inl"
 
 #include "cpu/linear_common.inl"
 

@@ -1,5 +1,6 @@
 // AVX-512 (F, BW, DQ, VL) without VNNI: vpmaddwd on 16-bit words, 512 bits wide.
 #include "cpu/lanes.h"
+#include "cpu/uniform.h"
 
 namespace olive {
 namespace avx512 {
@@ -26,6 +27,12 @@ namespace {
 #include "cpu/activations.inl"
 
 #include "cpu/quantize_activations.inl"
+
+#include "cpu/uniform_input.inl"
+
+#include "cpu/uniform_dot_avx2.inl"
+
+#include "cpu/uniform_linear.inl"
 
 #include "cpu/linear_common.inl"
 

@@ -20,3 +20,5 @@ set.lsq_run = lsq_run;
 set.lsq_run_backward = lsq_run_backward;
 set.lsq_rows = lsq_rows;
 set.lsq_rows_backward = lsq_rows_backward;
+set.uniform_rows = uniform_rows;
+set.uniform_linear = uniform_linear;

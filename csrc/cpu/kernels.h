@@ -144,6 +144,11 @@ struct Compensation {
   float* loss;     // [rows]
 };
 
+// Weights of integer codes on a uniform grid: cpu/uniform.h.
+struct UniformInput;
+struct UniformLinear;
+struct UniformSource;
+
 struct Kernels {
   // Convert rows [begin, end) of x [M, K]; rows past M become zero.
   void (*convert_rows)(const Activations& to, const void* x, Float type, int64_t k, int64_t begin, int64_t end);
@@ -192,6 +197,10 @@ struct Kernels {
   // Rows [begin, end) with a scale per column, whole lanes of them; backward: adds to the columns' sums, likewise.
   void (*lsq_rows)(const Lsq&, int64_t columns, const float* scale, int64_t begin, int64_t end);
   void (*lsq_rows_backward)(const Lsq&, int64_t columns, const float* scale, int64_t begin, int64_t end, double* sums);
+  // Convert or quantize rows [begin, end) of an activation for `uniform_linear`.
+  void (*uniform_rows)(const UniformInput& to, const UniformSource&, int64_t begin, int64_t end);
+  // Outputs [m_begin, m_end) x rows of the weight [begin, end).
+  void (*uniform_linear)(const UniformLinear&, int64_t m_begin, int64_t m_end, int64_t begin, int64_t end);
 };
 
 // Defined once per instruction set, in namespaces of the same name; on x86 only, but for the first.

@@ -1,81 +1,14 @@
 // ovp_linear, ovp_linear_quantized, ovp8_linear: convert the activations once, then share outputs among threads.
-#include <omp.h>
-
 #include <algorithm>
-#include <cstdlib>
-#include <memory>
-#include <new>
 
 #include "cpu/api.h"
+#include "cpu/share.h"
 
 namespace olive {
 namespace {
 
-struct Free {
-  void operator()(void* data) const { std::free(data); }
-};
-
-// Below this many products a second thread costs more than it brings: waking it takes several microseconds, and tens of
-// milliseconds where another program has its core.
-constexpr int64_t kParallelProducts = int64_t{1} << 19;
-
-// Up to this many activations one thread converts them before the others are woken (about 5 microseconds): a second
-// barrier costs more.
-constexpr int64_t kConvertAlone = int64_t{1} << 16;
-
-// Enough tasks to even out, few enough that each is a long stream of codes.
-constexpr int64_t kTasksPerThread = 8;
-
-// Cache-line aligned pieces of one allocation.
-class Arena {
- public:
-  template <class T>
-  void reserve(T** where, int64_t count) {
-    *where = reinterpret_cast<T*>(size_);
-    size_ += (static_cast<size_t>(count) * sizeof(T) + 63) / 64 * 64;
-  }
-  void allocate() {
-    data_.reset(static_cast<char*>(std::aligned_alloc(64, std::max<size_t>(size_, 64))));
-    if (data_ == nullptr) throw std::bad_alloc();
-  }
-  template <class T>
-  void place(T** where) {
-    *where = reinterpret_cast<T*>(data_.get() + reinterpret_cast<size_t>(*where));
-  }
-
- private:
-  size_t size_ = 0;
-  std::unique_ptr<char, Free> data_;
-};
-
 constexpr int64_t kLanes8 = 16;    // what linear8 reads of a row at a time
 constexpr int64_t kRunRows8 = 16;  // rows of an 8-bit weight per unit of work: whole blocks of those decoded together
-
-// Convert rows of activations in equal shares (unless the caller has), then multiply. A task is a tile of activation
-// rows times a run of units of the weight. Threads take tasks as they get free: on a shared machine, or with cores of
-// two kinds, equal shares would wait for the slowest. Outputs do not depend on who computes them.
-template <class Convert, class Multiply>
-void share(int64_t rows, int64_t padded, int64_t units, bool parallel, bool convert_here, const Convert& convert,
-           const Multiply& multiply) {
-  const int64_t tiles = (rows + kTileRows - 1) / kTileRows;
-#pragma omp parallel if (parallel)
-  {
-    const int64_t threads = omp_get_num_threads();
-    const int64_t runs = std::min(units, kTasksPerThread * threads);
-    if (convert_here) {
-#pragma omp for schedule(static)
-      for (int64_t part = 0; part < threads; ++part) {
-        convert(padded * part / threads, padded * (part + 1) / threads);
-      }
-    }
-#pragma omp for schedule(dynamic) nowait
-    for (int64_t task = 0; task < tiles * runs; ++task) {
-      const int64_t tile = task / runs, run = task % runs;
-      multiply(tile * kTileRows, std::min<int64_t>(rows, (tile + 1) * kTileRows), units * run / runs,
-               units * (run + 1) / runs);
-    }
-  }
-}
 
 }  // namespace
 
@@ -140,7 +73,7 @@ void ovp_linear(Isa isa, const LinearArguments& arguments) {
   const auto multiply = [&](int64_t m_begin, int64_t m_end, int64_t begin, int64_t end) {
     kernels.linear(problem, m_begin, m_end, begin * 2, std::min(problem.row_blocks(), end * 2));
   };
-  share(x.rows, x.padded, panels, parallel, !convert_first, convert, multiply);
+  share(x.rows, x.padded, kTileRows, panels, parallel, !convert_first, convert, multiply);
 }
 
 void ovp8_linear(Isa isa, const Linear8Arguments& arguments) {
@@ -168,7 +101,7 @@ void ovp8_linear(Isa isa, const Linear8Arguments& arguments) {
   const auto multiply = [&](int64_t m_begin, int64_t m_end, int64_t begin, int64_t end) {
     kernels.linear8(problem, m_begin, m_end, begin * kRunRows8, std::min(problem.n, end * kRunRows8));
   };
-  share(problem.m, problem.m, runs, parallel, !convert_first, convert, multiply);
+  share(problem.m, problem.m, kTileRows, runs, parallel, !convert_first, convert, multiply);
 }
 
 }  // namespace olive

@@ -1,5 +1,6 @@
 // Plain C++ kernels: they run everywhere and are the oracle of the others.
 #include "cpu/lanes.h"
+#include "cpu/uniform.h"
 
 namespace olive {
 namespace portable {
@@ -26,6 +27,12 @@ namespace {
 #include "cpu/activations.inl"
 
 #include "cpu/quantize_activations.inl"
+
+#include "cpu/uniform_input.inl"
+
+#include "cpu/uniform_dot_portable.inl"
+
+#include "cpu/uniform_linear.inl"
 
 #include "cpu/linear_common.inl"
 

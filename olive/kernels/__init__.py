@@ -19,6 +19,7 @@ from olive.kernels.ovp_linear_quantized import ovp_linear_quantized_triton
 from olive.kernels.ovp_quantize import ovp_quantize_triton
 from olive.kernels.quantize_activations import quantize_activations_triton
 from olive.kernels.statsq import statsq_codes_triton, statsq_margin_triton, statsq_triton
+from olive.kernels.uniform_linear import uniform_linear_triton
 
 __all__ = [
     "lsq_backward_triton",
@@ -36,4 +37,5 @@ __all__ = [
     "statsq_codes_triton",
     "statsq_margin_triton",
     "statsq_triton",
+    "uniform_linear_triton",
 ]

@@ -7,6 +7,7 @@ from olive.ops import (  # noqa: F401  (registers)
     compensate,
     cpu_quantized,
     cpu_training,
+    cpu_uniform,
     reference,
     reference_quantized,
     schemas,

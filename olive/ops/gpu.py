@@ -25,6 +25,8 @@ from olive.ops import (
     triton,
     triton_quantized,
     triton_training,
+    triton_uniform,
+    uniform,
 )
 from olive.ops.lsq import lsq_backward_reference, lsq_reference
 from olive.ops.oscillation import oscillation_reference_
@@ -55,6 +57,7 @@ _REFERENCE: _Functions = {
     "lsq": lsq_reference,
     "lsq_backward": lsq_backward_reference,
     "oscillation_": oscillation_reference_,
+    "uniform_linear": uniform.uniform_linear_reference,
 }
 _TRITON: _Functions = {
     **_REFERENCE,
@@ -73,6 +76,7 @@ _TRITON: _Functions = {
     "lsq": triton_training.lsq_triton,
     "lsq_backward": triton_training.lsq_backward_triton,
     "oscillation_": triton_training.oscillation_triton_,
+    "uniform_linear": triton_uniform.uniform_linear_triton,
 }
 
 
@@ -110,6 +114,7 @@ _BACKENDS: dict[str, _Functions] = {
         "lsq": _without_cuda("lsq"),
         "lsq_backward": _without_cuda("lsq_backward"),
         "oscillation_": _without_cuda("oscillation_"),
+        "uniform_linear": _without_cuda("uniform_linear"),
     },
     "triton": _TRITON,
     "reference": _REFERENCE,
