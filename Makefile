@@ -4,6 +4,8 @@
 # make quality what formats cost, without and with data: bench/results/quality.csv, docs/quality.md with its picture,
 #              the table of the README; about half an hour. Measures with bitsandbytes, hqq and gptqmodel where they
 #              are installed
+# make qat     quantization-aware training: a vision transformer on digits, method by method, and the bundled
+#              language model: bench/results/qat_*.csv, the tables of the README; hours
 # make gpu     build in place for this machine's GPU, run the GPU tests and benches: figures into
 #              bench/results/<gpu>.csv, a table at the end. With a Python that has a CUDA Torch, pybind11, pytest and
 #              transformers (GPU_PYTHON=...); CMake and nvcc on PATH. Nothing is downloaded; about 7 minutes
@@ -20,7 +22,7 @@ PIP := $(BIN)/pip install --quiet --disable-pip-version-check --constraint const
 SOURCES := CMakeLists.txt setup.py pyproject.toml constraints.txt $(shell find csrc -type f)
 CPP := $(shell find csrc tests -name '*.cpp' -o -name '*.cu' -o -name '*.cuh' -o -name '*.h' -o -name '*.inl')
 
-.PHONY: demo test bench quality gpu lint wheel install clean
+.PHONY: demo test bench quality qat gpu lint wheel install clean
 
 install: $(VENV)/.installed
 
@@ -55,6 +57,12 @@ quality: install
 	$(BIN)/python -m bench.bench_calibrated
 	$(BIN)/python -m bench.plot_quality
 	$(BIN)/python -m bench.quality_page
+	$(BIN)/python -m bench.readme
+
+qat: install
+	$(BIN)/python -m bench.bench_qat_step
+	$(BIN)/python -m bench.bench_qat_digits
+	$(BIN)/python -m bench.bench_qat_language
 	$(BIN)/python -m bench.readme
 
 # Failing or hanging tests do not keep the benches from running: one rented GPU gives everything that works.
