@@ -177,7 +177,7 @@ def main(
 ) -> None:
     """Train, print a line for each model, append to the CSV (not after a smoke run)."""
     torch.set_num_threads(threads)
-    epochs = Epochs(1, 1, 1) if tiny else Epochs(80, 60, 15)
+    epochs = Epochs(1, 1, 1) if tiny else Epochs(80, 30, 10)
     data = Digits.load()
     console = Console(width=110)
     done = (

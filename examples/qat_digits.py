@@ -147,12 +147,12 @@ def main() -> None:
     olive.qat.distill(model, teacher, weight=0.5)
     optimizer = optimizer_for(model, 1e-3)
     tracker = olive.qat.OscillationTracker(model, momentum=0.01, optimizer=optimizer)
-    train(model, train_set, optimizer, warm_cosine(1e-3, 1e-5), epochs=60, seed=1)
+    train(model, train_set, optimizer, warm_cosine(1e-3, 1e-5), epochs=30, seed=1)
     print(
         f"2 bits, trained   {accuracy(model, test_set):.1%}, {tracker.shares()['oscillating']:.2%} oscillate"
     )
     olive.qat.anneal(model, optimizer)
-    train(model, train_set, optimizer, lambda _: 1e-5, epochs=15, seed=2)
+    train(model, train_set, optimizer, lambda _: 2e-4, epochs=10, seed=2)
     print(
         f"2 bits, annealed  {accuracy(model, test_set):.1%}, {tracker.shares()['oscillating']:.2%} oscillate"
     )
