@@ -73,6 +73,7 @@ void uniform_tile(const UniformLinear& problem, int64_t m, int64_t row, int64_t 
   const UniformInput& x = problem.x;
   const int64_t step = x.vector_bytes(), spans = x.spans(), count = Kind::kFixedPoint ? Kind::kCount : x.span;
   const int64_t offsets = Kind::kWidth == 8 ? Kind::kDigits * kUniformLanes : kUniformLanes;
+  const int64_t ahead = kRows * problem.row_bytes;  // from here to the rows that come next
   const uint8_t *codes[kRows], *inputs[kInputs];
   const int32_t* offset[kInputs];
   const float* scale_x[kInputs];
@@ -88,7 +89,7 @@ void uniform_tile(const UniformLinear& problem, int64_t m, int64_t row, int64_t 
   for (int64_t span = 0; span < spans; ++span) {
     UniformSums sums[kRows][kInputs][kUniformWords];
     span_sums<Kind::kWidth, Kind::kUnsigned, Kind::kDigits, kInputs, kRows, Kind::kCount>(codes, inputs, step, count,
-                                                                                          sums);
+                                                                                          ahead, sums);
     if constexpr (Kind::kOneSum) {
       for (int r = 0; r < kRows; ++r) {
         for (int i = 0; i < kInputs; ++i) {
