@@ -6,11 +6,11 @@
 // (kUnsigned: the activations). Sums of its pairs stay in 16 bits for a few vectors and are widened then; digits meet
 // there, because vpmaddwd multiplies by their weights. 8 bits: words, vpmaddwd.
 
-// Codes that the same rows of the next call need: the hardware prefetcher stops at page borders, which short rows are
-// full of. With several rows of activations multiplying takes longer than memory does.
+// Ask for codes that lie ahead in the stream: the hardware prefetcher stops at page borders. With several rows of
+// activations multiplying takes longer than memory does.
 template <int kInputs>
-inline void prefetch_codes(const uint8_t* codes, int64_t ahead) {
-  if constexpr (kInputs == 1) _mm_prefetch(reinterpret_cast<const char*>(codes + ahead), _MM_HINT_T0);
+inline void prefetch_codes(const uint8_t* codes) {
+  if constexpr (kInputs == 1) _mm_prefetch(reinterpret_cast<const char*>(codes + kUniformAhead), _MM_HINT_T0);
 }
 
 // Sums of 2 bits and one digit keep codes where they lie in the byte as far as that saves shifts: fields 1 and 3 are
@@ -26,8 +26,7 @@ constexpr int safe_steps() {
 
 template <int kWidth, bool kUnsigned, int kDigits, int kInputs, int kRows, int kCount>
 __attribute__((always_inline)) inline void byte_sums(const uint8_t* const* codes, const uint8_t* const* x, int64_t step,
-                                                     int64_t count, int64_t ahead,
-                                                     UniformSums (*sums)[kInputs][kUniformWords]) {
+                                                     int64_t count, UniformSums (*sums)[kInputs][kUniformWords]) {
   constexpr int kFields = 8 / kWidth, kSteps = safe_steps<kWidth, kUnsigned, kDigits>();
   constexpr int kApart = kQuadruple<kWidth, kDigits>, kPlanes = kInputs * kDigits;
   const __m256i mask = _mm256_set1_epi8((1 << kWidth) - 1);
@@ -37,7 +36,7 @@ __attribute__((always_inline)) inline void byte_sums(const uint8_t* const* codes
     __m256i bytes[kRows];
     repeat<kRows>(OLIVE_EACH(row) {
       bytes[row] = load<__m256i>(codes[row] + v * kUniformBytes);
-      prefetch_codes<kInputs>(codes[row] + v * kUniformBytes, ahead);
+      prefetch_codes<kInputs>(codes[row] + v * kUniformBytes);
     });
     repeat<kFields>(OLIVE_EACH(field) {
       constexpr bool kHigh = kApart && field % 2 == 1;
@@ -102,13 +101,12 @@ __attribute__((always_inline)) inline void byte_sums(const uint8_t* const* codes
 
 template <int kDigits, int kInputs, int kRows>
 __attribute__((always_inline)) inline void word_sums(const uint8_t* const* codes, const uint8_t* const* x, int64_t step,
-                                                     int64_t count, int64_t ahead,
-                                                     UniformSums (*sums)[kInputs][kUniformWords]) {
+                                                     int64_t count, UniformSums (*sums)[kInputs][kUniformWords]) {
   constexpr int kPlanes = kInputs * kDigits;
   __m256i total[kRows][kPlanes];
   repeat<kRows * kPlanes>(OLIVE_EACH(i) { total[i / kPlanes][i % kPlanes] = _mm256_setzero_si256(); });
   for (int64_t v = 0; v < count; ++v) {
-    repeat<kRows>(OLIVE_EACH(row) { prefetch_codes<kInputs>(codes[row] + v * kUniformBytes, ahead); });
+    repeat<kRows>(OLIVE_EACH(row) { prefetch_codes<kInputs>(codes[row] + v * kUniformBytes); });
     repeat<2>(OLIVE_EACH(half) {
       __m256i words[kPlanes];
       repeat<kPlanes>(OLIVE_EACH(plane) {
@@ -130,11 +128,10 @@ __attribute__((always_inline)) inline void word_sums(const uint8_t* const* codes
 
 template <int kWidth, bool kUnsigned, int kDigits, int kInputs, int kRows, int kCount>
 __attribute__((always_inline)) inline void span_sums(const uint8_t* const* codes, const uint8_t* const* x, int64_t step,
-                                                     int64_t count, int64_t ahead,
-                                                     UniformSums (*sums)[kInputs][kUniformWords]) {
+                                                     int64_t count, UniformSums (*sums)[kInputs][kUniformWords]) {
   if constexpr (kWidth == 8) {
-    word_sums<kDigits, kInputs, kRows>(codes, x, step, count, ahead, sums);
+    word_sums<kDigits, kInputs, kRows>(codes, x, step, count, sums);
   } else {
-    byte_sums<kWidth, kUnsigned, kDigits, kInputs, kRows, kCount>(codes, x, step, count, ahead, sums);
+    byte_sums<kWidth, kUnsigned, kDigits, kInputs, kRows, kCount>(codes, x, step, count, sums);
   }
 }

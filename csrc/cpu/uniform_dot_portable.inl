@@ -1,7 +1,7 @@
 // Products of uniform_linear in plain C++; what span_sums does is said in uniform_dot_avx2.inl.
 
 template <int kWidth, bool kUnsigned, int kDigits, int kInputs, int kRows, int kCount>
-inline void span_sums(const uint8_t* const* codes, const uint8_t* const* x, int64_t step, int64_t count, int64_t,
+inline void span_sums(const uint8_t* const* codes, const uint8_t* const* x, int64_t step, int64_t count,
                       UniformSums (*sums)[kInputs][kUniformWords]) {
   constexpr int kFields = 8 / kWidth, kMask = (1 << kWidth) - 1, kElement = kWidth == 8 ? 2 : 1;
   for (int row = 0; row < kRows; ++row) {

@@ -3,15 +3,14 @@
 
 template <int kWidth, bool kUnsigned, int kDigits, int kInputs, int kRows, int kCount>
 __attribute__((always_inline)) inline void span_sums(const uint8_t* const* codes, const uint8_t* const* x, int64_t step,
-                                                     int64_t count, int64_t ahead,
-                                                     UniformSums (*sums)[kInputs][kUniformWords]) {
+                                                     int64_t count, UniformSums (*sums)[kInputs][kUniformWords]) {
   constexpr int kFields = 8 / kWidth, kPlanes = kInputs * kDigits, kChunks = kWidth == 8 ? 2 : kFields;
   const __m256i mask = _mm256_set1_epi8(static_cast<char>((1 << kWidth) - 1));
   __m256i total[kRows][kPlanes];
   repeat<kRows * kPlanes>(OLIVE_EACH(i) { total[i / kPlanes][i % kPlanes] = _mm256_setzero_si256(); });
   for (int64_t v = 0; v < count; ++v) {
     if constexpr (kInputs == 1) {
-      repeat<kRows>(OLIVE_EACH(row) { prefetch(codes[row] + v * kUniformBytes + ahead); });
+      repeat<kRows>(OLIVE_EACH(row) { prefetch(codes[row] + v * kUniformBytes + kUniformAhead); });
     }
     repeat<kChunks>(OLIVE_EACH(chunk) {
       __m256i factor[kRows];
