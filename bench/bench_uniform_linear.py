@@ -45,13 +45,19 @@ Call = Callable[[int], Tensor]
 
 
 def uniform_call(
-    x: Tensor, copies: list[Tensor], scale: Tensor, bits: int, group_size: int, input_bits: int | None
+    x: Tensor,
+    copies: list[Tensor],
+    scale: Tensor,
+    bits: int,
+    group_size: int,
+    input_bits: int | None,
+    first: int = 0,
 ) -> Call:
-    """The operator over copies of one weight's codes."""
+    """The operator over copies of one weight's codes, from copy number `first` on."""
     step = None if input_bits is None else torch.full((1,), 4 / 2**input_bits)
 
     def call(turn: int) -> Tensor:
-        codes = copies[turn % len(copies)]
+        codes = copies[(first + turn) % len(copies)]
         how = (bits, True, group_size, step, None, input_bits or 8, True)
         out: Tensor = ops.uniform_linear(x, codes, scale, None, *how)
         return out
@@ -89,7 +95,9 @@ def bench_shape(
         for kind in kinds:
             bits, input_bits = KINDS[kind]
             copies, scale, weight = stored[bits]
-            call = uniform_call(x, copies, scale, bits, group_size, input_bits)
+            # Kinds share the copies, but in a turn each reads another one, far from the others'.
+            first = kinds.index(kind) * len(copies) // len(kinds)
+            call = uniform_call(x, copies, scale, bits, group_size, input_bits, first)
             exact = expected(x, weight, input_bits)
             rounding = 2 * relative_error(linear(x, weight.bfloat16()), x.double() @ weight.double().t())
             check_error(kind, relative_error(call(0), exact), rounding + 1e-6)

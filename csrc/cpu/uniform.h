@@ -12,7 +12,8 @@ namespace olive {
 constexpr int kUniformBytes = 32;                   // of codes in a vector
 constexpr int kUniformLanes = 8;                    // sums of a vector, 32 bits each
 constexpr int kUniformWords = 2;                    // sums of two words a value are kept apart
-constexpr int kUniformRows = 4;                     // rows of the weight multiplied together
+constexpr int kUniformRows = 2;                     // rows of the weight multiplied together
+constexpr int kUniformAhead = 4096;                 // bytes between codes that are used and those that are asked for
 constexpr int kUniformBlock = 128;                  // columns of an activation that share a fixed-point scale, at most
 constexpr int kUniformGroup = 32;                   // group sizes are multiples of it: a lane has one scale
 constexpr int64_t kUniformMaxK = int64_t{1} << 18;  // sums of 255 x 255 over a lane's eighth of K fit an int32

@@ -6,6 +6,13 @@
 // (kUnsigned: the activations). Sums of its pairs stay in 16 bits for a few vectors and are widened then; digits meet
 // there, because vpmaddwd multiplies by their weights. 8 bits: words, vpmaddwd.
 
+// Ask for codes that lie ahead in the stream: the hardware prefetcher stops at page borders. With several rows of
+// activations multiplying takes longer than memory does.
+template <int kInputs>
+inline void prefetch_codes(const uint8_t* codes) {
+  if constexpr (kInputs == 1) _mm_prefetch(reinterpret_cast<const char*>(codes + kUniformAhead), _MM_HINT_T0);
+}
+
 // Sums of 2 bits and one digit keep codes where they lie in the byte as far as that saves shifts: fields 1 and 3 are
 // four times their value then, and have sums of their own.
 template <int kWidth, int kDigits>
@@ -27,7 +34,10 @@ __attribute__((always_inline)) inline void byte_sums(const uint8_t* const* codes
 
   const auto add = [&](int64_t v, auto is_first) __attribute__((always_inline)) {
     __m256i bytes[kRows];
-    repeat<kRows>(OLIVE_EACH(row) { bytes[row] = load<__m256i>(codes[row] + v * kUniformBytes); });
+    repeat<kRows>(OLIVE_EACH(row) {
+      bytes[row] = load<__m256i>(codes[row] + v * kUniformBytes);
+      prefetch_codes<kInputs>(codes[row] + v * kUniformBytes);
+    });
     repeat<kFields>(OLIVE_EACH(field) {
       constexpr bool kHigh = kApart && field % 2 == 1;
       constexpr int kShift = kApart ? (field == 2 ? 4 : 0) : (field > 0 ? kWidth : 0);
@@ -96,6 +106,7 @@ __attribute__((always_inline)) inline void word_sums(const uint8_t* const* codes
   __m256i total[kRows][kPlanes];
   repeat<kRows * kPlanes>(OLIVE_EACH(i) { total[i / kPlanes][i % kPlanes] = _mm256_setzero_si256(); });
   for (int64_t v = 0; v < count; ++v) {
+    repeat<kRows>(OLIVE_EACH(row) { prefetch_codes<kInputs>(codes[row] + v * kUniformBytes); });
     repeat<2>(OLIVE_EACH(half) {
       __m256i words[kPlanes];
       repeat<kPlanes>(OLIVE_EACH(plane) {

@@ -9,6 +9,9 @@ __attribute__((always_inline)) inline void span_sums(const uint8_t* const* codes
   __m256i total[kRows][kPlanes];
   repeat<kRows * kPlanes>(OLIVE_EACH(i) { total[i / kPlanes][i % kPlanes] = _mm256_setzero_si256(); });
   for (int64_t v = 0; v < count; ++v) {
+    if constexpr (kInputs == 1) {
+      repeat<kRows>(OLIVE_EACH(row) { prefetch(codes[row] + v * kUniformBytes + kUniformAhead); });
+    }
     repeat<kChunks>(OLIVE_EACH(chunk) {
       __m256i factor[kRows];
       repeat<kRows>(OLIVE_EACH(row) {
