@@ -251,7 +251,7 @@ def test_weights_leave_the_range_and_stop() -> None:
 
 
 def test_nan_is_never_inside_and_thaws_nobody_else() -> None:
-    model, data = vit()
+    model, _ = vit()
     optimizer = ANY(model.parameters())
     anneal(model, optimizer, RANGE)
     layer = model.vit.layers[0].mlp.fc1
@@ -306,7 +306,7 @@ def test_state_dict_is_checked_when_a_run_is_resumed() -> None:
 def test_a_range_out_of_bounds_is_refused(boundary: float) -> None:
     model, _ = vit()
     optimizer = ANY(model.parameters())
-    with pytest.raises(ValueError, match="boundary_range: expected above 0 and up to 0.5 steps"):
+    with pytest.raises(ValueError, match=r"boundary_range: expected above 0 and up to 0\.5 steps"):
         anneal(model, optimizer, boundary)
     assert steps_of(optimizer).before == []
 
