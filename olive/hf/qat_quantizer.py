@@ -105,7 +105,7 @@ class OliveQATHfQuantizer(HfQuantizer):
             elif isinstance(module, ActivationQuantizer) and not module.scale.is_meta:
                 module.refresh()
                 if not (module.is_initialized and bool(module.scale.isfinite().all())):
-                    raise ValueError(f"{name}.scale: expected finite values above 0, got others; {AGAIN}")
+                    raise ValueError(f"{name}.scale: expected finite values, not all 0, got others; {AGAIN}")
         mark_converted(model)
         return model
 
