@@ -10,11 +10,21 @@ from torch import nn
 from olive.nn import UniformConv2d, UniformEmbedding, UniformLinear
 from olive.nn.origin import take_over
 from olive.qat.attention import QATAttention
-from olive.qat.packed_attention import describe_attention, empty_attention
+from olive.qat.packed_attention import ATTENTION_FIELDS, check_fields, describe_attention, empty_attention
 from olive.qat.packed_merged import PackedMergedWeight
 
 WHERE = "quantization_config.layers"
 _SIZES = ("kernel_size", "stride", "padding")
+_LINEAR = frozenset(
+    {"in_features", "out_features", "bias", "bits", "mid_rise", "group_size"}
+    | {"input_bits", "input_signed", "input_tokens", "input_offset"}
+)
+_FIELDS = {
+    "linear": _LINEAR,
+    "embedding": _LINEAR,
+    "conv2d": _LINEAR | set(_SIZES),
+    "attention": ATTENTION_FIELDS | {"layers"},
+}
 
 
 def describe(model: nn.Module) -> dict[str, dict[str, Any]]:
@@ -78,13 +88,15 @@ def build(name: str, description: Mapping[str, Any], replaced: nn.Module) -> nn.
     values = dict(description)
     kind = values.pop("kind", None)
     try:
+        if kind in _FIELDS:
+            check_fields(values, _FIELDS[kind])
         if kind == "attention":
             new = _attention(name, values, replaced)
         elif kind in ("linear", "embedding", "conv2d"):
             new = _layer(kind, values, replaced)
         else:
             raise ValueError(f"expected kind linear, embedding, conv2d or attention, got {kind!r}")
-    except (KeyError, TypeError, ValueError) as error:
+    except (TypeError, ValueError) as error:
         raise ValueError(f"{WHERE}.{name}: {error}") from None
     take_over(new, replaced)
     for module in new.modules():
@@ -94,22 +106,32 @@ def build(name: str, description: Mapping[str, Any], replaced: nn.Module) -> nn.
 
 def _layer(kind: str, values: dict[str, Any], replaced: nn.Module) -> nn.Module:
     sizes = {key: tuple(values.pop(key)) for key in _SIZES if key in values}
-    weight = getattr(replaced, "weight", None)
-    if weight is None or (values.get("out_features"), values.get("in_features")) not in _shapes(weight):
-        raise ValueError(
-            f"expected a layer of the model's size, got {type(replaced).__name__} "
-            f"{None if weight is None else tuple(weight.shape)} for {values}"
-        )
-    packed = UniformLinear(**values, device=weight.device, dtype=weight.dtype)
+    packed = _empty(values, replaced)
     if kind == "linear":
         return packed
     return UniformEmbedding(packed) if kind == "embedding" else UniformConv2d(packed, **sizes)
 
 
+def _empty(values: Mapping[str, Any], replaced: nn.Module) -> UniformLinear:
+    """A layer without values, of the size of a float one."""
+    weight = getattr(replaced, "weight", None)
+    size = values["out_features"], values["in_features"]
+    if weight is None or size not in _shapes(weight):
+        raise ValueError(
+            f"expected a layer of the model's size, {type(replaced).__name__} "
+            f"{None if weight is None else tuple(weight.shape)}, got {size}"
+        )
+    return UniformLinear(**values, device=weight.device, dtype=weight.dtype)
+
+
 def _attention(name: str, values: dict[str, Any], replaced: nn.Module) -> nn.Module:
+    for layer in values["layers"].values():
+        check_fields(layer, _LINEAR)
     weight = next(replaced.parameters())
     layers = {
-        key: UniformLinear(**layer, device=weight.device, dtype=weight.dtype)
+        key: _empty(layer, replaced.get_submodule(key))
+        if key in replaced._modules
+        else UniformLinear(**layer, device=weight.device, dtype=weight.dtype)
         for key, layer in values["layers"].items()
     }
     return empty_attention(replaced, name, values, layers)

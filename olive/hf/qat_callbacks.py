@@ -12,7 +12,7 @@ from typing import Any
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_callback import ExportableState
 
-from olive.qat.annealing import BOUNDARY_RANGE, Annealing
+from olive.qat.annealing import BOUNDARY_RANGE, Annealing, check_boundary_range
 from olive.qat.tracking import MOMENTUM, THRESHOLD, OscillationTracker
 
 PREFIX = "qat/"
@@ -90,14 +90,14 @@ class AnnealingCallback(TrainerCallback, ExportableState):
         start: share of the training's steps after which it begins, 0 to below 1.
 
     Raises:
-        ValueError: when training begins: it resumes a run with another boundary range, or a model that is not
-            prepared.
+        ValueError: a number out of its range; when training begins, a run that is resumed with another
+            boundary range, or a model that is not prepared.
     """
 
     def __init__(self, boundary_range: float = BOUNDARY_RANGE, start: float = 0.0) -> None:
         if not 0 <= start < 1:
             raise ValueError(f"start: expected 0 to below 1, got {start!r}")
-        self._boundary_range, self._start = boundary_range, start
+        self._boundary_range, self._start = check_boundary_range(boundary_range), start
         self._annealing: Annealing | None = None
 
     def state(self) -> dict[str, Any]:

@@ -12,7 +12,9 @@ from transformers.quantizers.base import HfQuantizer
 from olive.hf.aligned import align_
 from olive.hf.converted import WHERE, build, describe
 from olive.hf.qat_config import OliveQATConfig
+from olive.hf.qat_stored import check_listed, check_stored
 from olive.hf.quantizer import keep_names, outermost, own_config, transformers_models
+from olive.hf.stored import AGAIN, Header, read_headers
 from olive.nn import UniformLinear
 from olive.qat.activation_quantizer import ActivationQuantizer
 from olive.walk import exchange
@@ -63,20 +65,32 @@ class OliveQATHfQuantizer(HfQuantizer):
         """Checkpoints have the model's own names: nothing is split or merged."""
         return [entry for entry in weight_conversions if not isinstance(entry, WeightConverter)]
 
-    def _process_model_before_weight_loading(self, model: Any, **kwargs: Any) -> Any:
+    def _process_model_before_weight_loading(
+        self, model: Any, checkpoint_files: Any = None, **kwargs: Any
+    ) -> Any:
+        layers, headers = self.quantization_config.layers, _headers(checkpoint_files)
         prefix = f"{model.base_model_prefix}." if getattr(model, "base_model_prefix", "") else ""
         modules = dict(model.named_modules())
         replacements: dict[nn.Module, nn.Module] = {}
-        for stored, description in self.quantization_config.layers.items():
+        for stored, description in layers.items():
             # As transformers does: a head's checkpoint fits the bare model, and the other way round.
             names = (stored, stored.removeprefix(prefix), f"{prefix}{stored}")
             name = next((name for name in names if name in modules), None)
             if name is not None:
-                replacements[modules[name]] = build(stored, description, modules[name])
+                new = replacements[modules[name]] = build(stored, description, modules[name])
+                if headers is not None:
+                    check_stored(stored, new, headers)
+            elif prefix and stored.startswith(prefix):  # others may belong to a head this model lacks
+                raise ValueError(
+                    f"{WHERE}: expected the names of this model's layers, got {stored!r}, which a "
+                    f"{type(model).__name__} does not have"
+                )
+        if headers is not None:
+            check_listed(tuple(layers), headers, WHERE)
         if not replacements:
             raise ValueError(
                 f"{WHERE}: expected the names of this model's layers, got "
-                f"{next(iter(self.quantization_config.layers), 'none')!r}, which a {type(model).__name__} "
+                f"{next(iter(layers), 'none')!r}, which a {type(model).__name__} "
                 f"does not have"
             )
         exchange(model, replacements)
@@ -88,8 +102,10 @@ class OliveQATHfQuantizer(HfQuantizer):
                 held = {key: tensor for key, tensor in module._buffers.items() if tensor is not None}
                 if not any(tensor.is_meta for tensor in held.values()):
                     module.validate(held, name)
-            elif isinstance(module, ActivationQuantizer):
+            elif isinstance(module, ActivationQuantizer) and not module.scale.is_meta:
                 module.refresh()
+                if not (module.is_initialized and bool(module.scale.isfinite().all())):
+                    raise ValueError(f"{name}.scale: expected finite values, not all 0, got others; {AGAIN}")
         mark_converted(model)
         return model
 
@@ -98,6 +114,13 @@ class OliveQATHfQuantizer(HfQuantizer):
         self.quantization_config = current_config(model)
         model.config.quantization_config = self.quantization_config
         return None, {}
+
+
+def _headers(checkpoint_files: Any) -> dict[str, Header] | None:
+    """Of all files; None where there are none, or others than safetensors."""
+    files = [str(file) for file in checkpoint_files or ()]
+    is_stored = bool(files) and all(file.endswith(".safetensors") for file in files)
+    return read_headers(files, None) if is_stored else None
 
 
 def current_config(model: nn.Module) -> OliveQATConfig:
@@ -128,10 +151,19 @@ def mark_converted(model: nn.Module) -> None:
 
 
 def _untie(model: Any) -> None:
-    """Forget ties of weights that are codes now: a table and a head then have codes of their own each."""
-    layers = describe(model)
+    """Forget ties of weights that are codes now: a table and a head then have codes of their own each.
+
+    transformers ties all or nothing on loading. So whatever else was tied with them, as the bias of BERT's
+    head, becomes a parameter of its own too.
+    """
+    coded = {f"{name}.weight" for name in describe(model)}
     ties = model.all_tied_weights_keys
-    gone = {key for key, other in ties.items() if {key, other} & {f"{name}.weight" for name in layers}}
-    model.all_tied_weights_keys = {key: other for key, other in ties.items() if key not in gone}
-    if gone:
-        model.config.tie_word_embeddings = False
+    if not any({key, other} & coded for key, other in ties.items()):
+        return
+    for key in ties.keys() - coded:
+        owner, _, field = key.rpartition(".")
+        module = model.get_submodule(owner)
+        if (held := module._parameters.get(field)) is not None:
+            module.register_parameter(field, nn.Parameter(held.detach().clone(), held.requires_grad))
+    model.all_tied_weights_keys = {}
+    model.config.tie_word_embeddings = False

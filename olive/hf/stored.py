@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import NamedTuple
 
 from safetensors import SafetensorError, safe_open
@@ -21,9 +21,17 @@ _DTYPES = {  # as safetensors calls them
     "activation_scale": "I16",
     "activation_codebook": "I8",
 }
-_NAMES = {"U8": "uint8", "I16": "int16", "I8": "int8", "F32": "float32", "F16": "float16", "BF16": "bfloat16"}
-_FLOATS = ("F32", "F16", "BF16")
-_AGAIN = "save the model again, or fetch the file again if it was copied"
+_NAMES = {
+    "BOOL": "bool",
+    "U8": "uint8",
+    "I16": "int16",
+    "I8": "int8",
+    "F32": "float32",
+    "F16": "float16",
+    "BF16": "bfloat16",
+}
+FLOATS = ("F32", "F16", "BF16")
+AGAIN = "save the model again, or fetch the file again if it was copied"
 
 
 class Header(NamedTuple):
@@ -53,9 +61,7 @@ def read_headers(files: Sequence[str], save_id: str | None) -> dict[str, Header]
                     part = opened.get_slice(key)
                     found[key] = Header(file, part.get_dtype(), tuple(part.get_shape()))
         except SafetensorError as error:
-            raise ValueError(
-                f"{file}: expected a complete safetensors file, got {error}; {_AGAIN}"
-            ) from error
+            raise ValueError(f"{file}: expected a complete safetensors file, got {error}; {AGAIN}") from error
         if save_id is not None and metadata.get(SAVE_ID) != save_id:
             raise ValueError(
                 f"{file}: expected a file of save {save_id}, which config.json names, "
@@ -82,27 +88,39 @@ def check_headers(name: str, weight: OVPWeight, headers: dict[str, Header]) -> N
     shapes |= {"activation_scale": (1,), "activation_codebook": (32,)}
     for field, shape in shapes.items():
         if weight._parameters.get(field) is not None:
-            _check_header(f"{name}.{field}", (_DTYPES[field],), shape, headers)
+            check_header(f"{name}.{field}", (_DTYPES[field],), shape, headers)
 
 
 def check_float_header(name: str, parameter: Tensor, headers: dict[str, Header]) -> None:
     """The same for a float parameter of a quantized module, e.g. its bias; any float type will do."""
-    _check_header(name, _FLOATS, tuple(parameter.shape), headers)
+    check_header(name, FLOATS, tuple(parameter.shape), headers)
 
 
-def _check_header(
-    name: str, dtypes: tuple[str, ...], shape: tuple[int, ...], headers: dict[str, Header]
+def check_header(
+    name: str, dtypes: tuple[str, ...], shape: tuple[int, ...], headers: Mapping[str, Header]
 ) -> None:
+    """Check that the files hold one tensor.
+
+    Args:
+        name: of the tensor.
+        dtypes: that it may have, as safetensors calls them.
+        shape: that it has.
+        headers: of all files.
+
+    Raises:
+        ValueError: it is missing or has another shape.
+        TypeError: it has another type.
+    """
     header = headers.get(name)
     if header is None:
-        raise ValueError(f"{name}: expected in the checkpoint, got no such tensor; {_AGAIN}")
+        raise ValueError(f"{name}: expected in the checkpoint, got no such tensor; {AGAIN}")
     if header.dtype not in dtypes:
         raise TypeError(
             f"{name}: expected {' or '.join(_NAMES[dtype] for dtype in dtypes)}, "
-            f"got {_NAMES.get(header.dtype, header.dtype)} in {header.file}; {_AGAIN}"
+            f"got {_NAMES.get(header.dtype, header.dtype)} in {header.file}; {AGAIN}"
         )
     if header.shape != shape:
-        raise ValueError(f"{name}: expected shape {shape}, got {header.shape} in {header.file}; {_AGAIN}")
+        raise ValueError(f"{name}: expected shape {shape}, got {header.shape} in {header.file}; {AGAIN}")
 
 
 def stored_shapes(weight: OVPWeight) -> tuple[tuple[int, ...], tuple[int, ...]]:
@@ -128,7 +146,7 @@ def check_contents(name: str, weight: OVPWeight) -> None:
     codebook = None if weight.codebook is None else weight.codebook.detach()
     for field, tensor, shape in zip(("codes", "scale"), (codes, scale), stored_shapes(weight), strict=True):
         if tuple(tensor.shape) != shape:
-            raise ValueError(f"{name}.{field}: expected shape {shape}, got {tuple(tensor.shape)}; {_AGAIN}")
+            raise ValueError(f"{name}.{field}: expected shape {shape}, got {tuple(tensor.shape)}; {AGAIN}")
     parts: Iterable[tuple[str, Tensor, Tensor]] = [("", codes, scale)]
     if weight.experts is not None:
         parts = ((f" of expert {e}", codes[e], scale[e]) for e in range(weight.experts))
@@ -136,12 +154,12 @@ def check_contents(name: str, weight: OVPWeight) -> None:
         try:
             _validate(one_codes, one_scale, codebook, weight, name)
         except (TypeError, ValueError) as error:
-            raise type(error)(f"{error}{which}; {_AGAIN}") from None
+            raise type(error)(f"{error}{which}; {AGAIN}") from None
     if weight.activation_scale is not None:
         try:
             check_activation_tensors(weight.activation_scale, weight.activation_codebook, name)
         except (TypeError, ValueError) as error:
-            raise type(error)(f"{error}; {_AGAIN}") from None
+            raise type(error)(f"{error}; {AGAIN}") from None
 
 
 def _validate(codes: Tensor, scale: Tensor, codebook: Tensor | None, weight: OVPWeight, name: str) -> None:

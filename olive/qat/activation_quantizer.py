@@ -139,7 +139,8 @@ class ActivationQuantizer(nn.Module):
 
     def refresh(self) -> None:
         """Look up what the tensors say, after somebody else has written to them."""
-        self.is_initialized = bool((self.scale.detach() > 0).any())
+        # Training may push a scale below zero, which counts as the least one.
+        self.is_initialized = bool((self.scale.detach() != 0).any())
         self._is_signed = bool(self.signed)
 
     def extra_repr(self) -> str:

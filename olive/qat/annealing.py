@@ -19,6 +19,17 @@ from olive.qat.steps import Attachment
 BOUNDARY_RANGE = 0.005
 
 
+def check_boundary_range(boundary_range: float) -> float:
+    """Return it if weights can be so many steps from their nearest threshold.
+
+    Raises:
+        ValueError: not above 0 and up to 0.5.
+    """
+    if not 0 < boundary_range <= 0.5:
+        raise ValueError(f"boundary_range: expected above 0 and up to 0.5 steps, got {boundary_range!r}")
+    return float(boundary_range)
+
+
 class Annealing(Attachment):
     """Freezes weights at every step of an optimizer; `anneal` makes one.
 
@@ -29,9 +40,7 @@ class Annealing(Attachment):
     """
 
     def __init__(self, model: nn.Module, optimizer: Any, boundary_range: float = BOUNDARY_RANGE) -> None:
-        if not 0 < boundary_range <= 0.5:
-            raise ValueError(f"boundary_range: expected above 0 and up to 0.5 steps, got {boundary_range!r}")
-        self.boundary_range = float(boundary_range)
+        self.boundary_range = check_boundary_range(boundary_range)
         self._latents = latent_weights(model)
         super().__init__(optimizer, before=self._hold, restore=self._restore)
 

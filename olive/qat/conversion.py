@@ -42,8 +42,8 @@ def convert(model: nn.Module, *, to: str = "uniform", config: QuantConfig | None
 
     Raises:
         TypeError: model or config of another type.
-        ValueError: a model that is not prepared, scales of activations that no batch has set, NaN or Inf in a
-            weight, another target, or "ovp" after training with `qkr`.
+        ValueError: a model that is not prepared, or is sharded, scales of activations that no batch has set,
+            NaN or Inf in a weight, another target, or "ovp" after training with `qkr`.
     """
     prepared = _check(model, to, config)
     ends = [
@@ -80,6 +80,11 @@ def _check(model: object, to: str, config: object) -> QATConfig:
         raise ValueError("model: expected a prepared model, got another; call olive.qat.prepare and train it")
     for name, module in model.named_modules():
         if isinstance(module, LatentWeight):
+            if module.is_sharded:
+                raise ValueError(
+                    f"{name}.weight: expected a whole weight, got one that processes share; gather the state "
+                    f"dict, and load it into a prepared model that is not sharded"
+                )
             check_finite(name, module.latent())
     unset = [name for name, one in quantizers(model).items() if not one.is_initialized]
     if unset:

@@ -68,6 +68,11 @@ class LatentWeight(nn.Module):
         """Whether each process has some of the rows."""
         return False
 
+    @property
+    def has_whole_channels(self) -> bool:
+        """Whether each process has all values of the output channels it has any of."""
+        return True
+
     def zeros(self, dtype: torch.dtype) -> Tensor:
         """Of the weight's shape, and sharded as it is."""
         return torch.zeros_like(self.latent(), dtype=dtype, memory_format=torch.contiguous_format)
@@ -173,6 +178,7 @@ class ParameterLatent(LatentWeight):
     """The latent weight is the parameter `weight`."""
 
     weight: nn.Parameter
+    channel_dim = 0  # of the parameter: along it lie the output channels
     _held: tuple[Tensor, Tensor] | None = None
 
     def channels_first(self, tensor: Tensor) -> Tensor:
@@ -209,6 +215,11 @@ class ParameterLatent(LatentWeight):
     def is_sharded(self) -> bool:
         return hasattr(self.weight, "to_local")
 
+    @property
+    def has_whole_channels(self) -> bool:
+        placements = getattr(self.weight, "placements", ())
+        return all(not one.is_shard() or one.dim == self.channel_dim for one in placements)
+
     def zeros(self, dtype: torch.dtype) -> Tensor:
         if not self.is_sharded:
             return super().zeros(dtype)
@@ -219,7 +230,8 @@ def latent_weights(model: nn.Module) -> dict[str, LatentWeight]:
     """The low-bit weights of a prepared model by name; the first and last layers' are not among them.
 
     Raises:
-        ValueError: the model is not prepared, or has no such weight.
+        ValueError: the model is not prepared, or has no such weight, or output channels are cut up between
+            processes, so that none knows what steps they have.
     """
     found = {
         f"{name}.weight" if name else "weight": module
@@ -228,4 +240,11 @@ def latent_weights(model: nn.Module) -> dict[str, LatentWeight]:
     }
     if not found:
         raise ValueError("model: expected a prepared model, got none of its layers; call olive.qat.prepare")
+    for name, latent in found.items():
+        if not latent.has_whole_channels:
+            raise ValueError(
+                f"{name}: expected output channels that are whole in each process, got a weight sharded "
+                f"across them ({type(latent).__name__}); use DistributedDataParallel, or for FSDP2 a "
+                f"shard_placement_fn that shards its output channels"
+            )
     return found

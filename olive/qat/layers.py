@@ -72,6 +72,7 @@ class QATConv1D(QATLayer):
 
     nf: int
     bias: nn.Parameter
+    channel_dim = 1
 
     def channels_first(self, tensor: Tensor) -> Tensor:
         return tensor.t()

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Any
 
 import torch
@@ -25,6 +25,9 @@ QUANTIZERS = (
     "value_quantizer",
     "probability_quantizer",
 )
+
+ATTENTION_FIELDS = frozenset({"qkr", "per_token", "key_bias", "quantizers"})
+_QUANTIZER_FIELDS = frozenset({"bits", "scales", "dim", "offset", "offset_after"})
 
 
 def pack_attention(attention: QATAttention) -> QATAttention:
@@ -82,6 +85,17 @@ def describe_attention(attention: QATAttention) -> dict[str, Any]:
     }
 
 
+def check_fields(values: Mapping[str, Any], expected: Collection[str]) -> None:
+    """Refuse a description that lacks a field, or has one that this version does not know.
+
+    Raises:
+        ValueError: such a description.
+    """
+    missing, unknown = sorted(set(expected) - set(values)), sorted(set(values) - set(expected))
+    if missing or unknown:
+        raise ValueError(f"expected fields {sorted(expected)}, got {missing} missing, {unknown} unknown")
+
+
 def empty_attention(
     replaced: nn.Module, name: str, description: Mapping[str, Any], layers: Mapping[str, UniformLinear]
 ) -> QATAttention:
@@ -94,16 +108,26 @@ def empty_attention(
         layers: empty projections by name, and `merged_weight` under QKR.
 
     Raises:
-        ValueError: as `QATAttention.of`.
+        ValueError: as `QATAttention.of`; another set of layers, quantizers or fields, or merged matrices
+            of another size.
     """
+    if unknown := sorted(set(description["quantizers"]) - set(QUANTIZERS)):
+        raise ValueError(f"expected quantizers among {sorted(QUANTIZERS)}, got unknown {unknown}")
+    for one in description["quantizers"].values():
+        check_fields(one, _QUANTIZER_FIELDS)
     qkr = bool(description["qkr"])
     granularity = "per_token" if description["per_token"] else "per_tensor"
     config = QATConfig(
         activation_bits=8, activation_granularity=granularity, qkr=qkr, quantize_attention=not qkr
     )
     new = QATAttention.of(replaced, config, name, lambda linear: QATLinear.of(linear, StatsQ(1)))
+    check_fields(layers, {*new.traits.projections[2:], "merged_weight"} if qkr else new.traits.projections)
     device = layers[new.traits.value].codes.device
     if qkr:
+        columns = layers[new.traits.value].in_features
+        found = layers["merged_weight"].out_features, layers["merged_weight"].in_features
+        if found != (new.heads * columns, columns):
+            raise ValueError(f"merged_weight: expected {(new.heads * columns, columns)}, got {found}")
         for key in new.traits.projections[:2]:
             del new._modules[key]
         u = torch.empty(new.heads, layers["merged_weight"].in_features, device=device)

@@ -15,7 +15,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from olive.qat.annealing import BOUNDARY_RANGE
+from olive.qat.annealing import BOUNDARY_RANGE, check_boundary_range
 from olive.qat.latent import LatentWeight, latent_weights
 from olive.qat.steps import Attachment
 
@@ -68,9 +68,8 @@ class OscillationTracker:
         for name, value in (("momentum", momentum), ("threshold", threshold)):
             if not 0 < value < 1:
                 raise ValueError(f"{name}: expected between 0 and 1, got {value!r}")
-        if not 0 < boundary_range <= 0.5:
-            raise ValueError(f"boundary_range: expected above 0 and up to 0.5 steps, got {boundary_range!r}")
-        self.momentum, self.threshold, self.boundary_range = momentum, threshold, boundary_range
+        self.momentum, self.threshold = momentum, threshold
+        self.boundary_range = check_boundary_range(boundary_range)
         self._latents = latent_weights(model)
         for latent in self._latents.values():
             latent.track()

@@ -92,6 +92,18 @@ def test_state_dict_makes_it_ready() -> None:
     assert torch.equal(copy.deepcopy(second)(input), expected)
 
 
+def test_a_scale_that_training_made_negative_is_not_set_anew() -> None:
+    first = ActivationQuantizer(2)
+    input = torch.randn(64)
+    first(input)
+    with torch.no_grad():
+        first.scale.fill_(-1e-3)
+    second = ActivationQuantizer(2)
+    second.load_state_dict(first.state_dict())
+    assert second.is_initialized
+    assert torch.equal(second(input), first(input)) and float(second.scale.detach()) < 0
+
+
 def test_other_length_than_scales_is_refused() -> None:
     quantizer = ActivationQuantizer(2, shape=0, dim=-2)
     quantizer(torch.randn(4, 7, 12))
