@@ -1,4 +1,4 @@
-"""Tables of quantization-aware training for the README."""
+"""Tables of quantization-aware training, and of the layers it ends in, for the README."""
 
 from __future__ import annotations
 
@@ -61,5 +61,23 @@ def step_table(rows: Sequence[Row]) -> str:
     lines = [
         [row["variant"], row["machine"], row["median_ms"], row["over_full_precision"]]
         for row in last.values()
+    ]
+    return markdown(header, lines)
+
+
+KINDS = ("w2a16", "w2a8", "w2a2", "w4a16", "w4a8", "w4a4", "w8a8")
+
+
+def uniform_table(rows: Sequence[Row]) -> str:
+    """Speed-up over torch's bfloat16 linear by shape and rows; of several runs the last."""
+    found = {(row["m"], row["n"], row["k"], row["backend"].split()[0]): row["speedup"] for row in rows}
+    places = dict.fromkeys((m, n, k) for m, n, k, _ in found)
+    header = ["M, N x K", *(kind.upper() for kind in KINDS)]
+    lines = [
+        [
+            f"{m}, {n} x {k}",
+            *(f"{float(found[m, n, k, kind]):.2f}" if (m, n, k, kind) in found else "" for kind in KINDS),
+        ]
+        for m, n, k in places
     ]
     return markdown(header, lines)

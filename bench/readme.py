@@ -17,7 +17,7 @@ import typer
 
 from bench.common import RESULTS, ROOT
 from bench.gpu.readme import GPU_SECTIONS, gpu_tables
-from bench.qat_tables import digits_table, language_table, step_table
+from bench.qat_tables import digits_table, language_table, step_table, uniform_table
 from bench.quality_table import readme_table
 from bench.tables import Row, markdown, read_rows
 
@@ -159,6 +159,10 @@ SECTIONS: dict[str, tuple[str, Callable[[list[Row]], str]]] = {
     "generate": ("generate.csv", generate_table),
     "qat_digits": ("qat_digits.csv", qat_section(digits_table, "python -m bench.bench_qat_digits")),
     "qat_language": ("qat_language.csv", qat_section(language_table, "python -m bench.bench_qat_language")),
+    "uniform_linear": (
+        "uniform_linear.csv",
+        qat_section(uniform_table, "python -m bench.bench_uniform_linear"),
+    ),
     "qat_step": ("qat_step.csv", qat_section(step_table, "python -m bench.bench_qat_step")),
 }
 

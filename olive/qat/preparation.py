@@ -29,9 +29,9 @@ def prepare(model: nn.Module, config: QATConfig | None = None, *, batch: Any = N
     """Make a model train on quantized weights, and activations if asked to, in place.
 
     Linear layers, transformers' `Conv1D`, convolutions and the input embedding are exchanged for layers that
-    quantize in the forward pass; parameters stay the same objects under the same names, so a model may be
-    prepared before or after its optimizer is built only if `activation_bits` is None: scales of activations
-    are parameters too. `olive.qat.selection.select` says what is left alone and why.
+    quantize in the forward pass; parameters stay the same objects under the same names. Build the optimizer
+    afterwards: learned scales and offsets are parameters too. `olive.qat.selection.select` says what is left
+    alone and why.
 
     Args:
         model: float, from transformers or not.

@@ -15,7 +15,7 @@ from olive.walk import Skipped, output_heads, skip_matches, walk
 
 Role = Literal["body", "ends"]
 _NOT_CONVERTIBLE = "experts: quantization-aware training of stacked experts is not supported"
-_GROUPED = "grouped or dilated convolution, or one that pads with values"
+_GROUPED = "grouped or dilated convolution, or a padding that is not a number of zeros"
 _ENDS = "first or last layer, and first_last_bits is None"
 
 
@@ -59,7 +59,8 @@ def is_plain(module: nn.Module, base: type[nn.Module]) -> bool:
 
 def _convertible(module: nn.Module) -> bool:
     assert isinstance(module, nn.Conv2d)
-    return module.groups == 1 and set(module.dilation) == {1} and module.padding_mode == "zeros"
+    padded = module.padding_mode == "zeros" and not isinstance(module.padding, str)
+    return module.groups == 1 and set(module.dilation) == {1} and padded
 
 
 def _multiplying(module: nn.Module) -> Iterator[tuple[str, nn.Module]]:

@@ -11,7 +11,7 @@ typer = pytest.importorskip("typer")
 pytest.importorskip("sklearn")
 
 from bench import bench_qat_digits, bench_qat_language  # noqa: E402
-from bench.qat_tables import digits_table, language_table, step_table  # noqa: E402
+from bench.qat_tables import digits_table, language_table, step_table, uniform_table  # noqa: E402
 
 
 def _digits(method: str, bits: str, seed: str, accuracy: str, oscillating: str, step: str) -> dict[str, str]:
@@ -46,6 +46,17 @@ def test_language_table_leaves_out_what_was_not_trained() -> None:
 def test_step_table_takes_the_last_run() -> None:
     row = {"machine": "m", "variant": "v", "median_ms": "1.0", "over_full_precision": "1.1"}
     assert step_table([row, {**row, "median_ms": "2.0"}]).splitlines()[2] == "| v | m | 2.0 | 1.1 |"
+
+
+def test_uniform_table_has_a_line_for_each_size() -> None:
+    keys = ("m", "n", "k", "backend", "speedup")
+    rows = [
+        dict(zip(keys, ("1", "64", "32", "w4a8 avx2", "4.0"), strict=True)),
+        dict(zip(keys, ("1", "64", "32", "w4a8 avx2", "4.567"), strict=True)),
+        dict(zip(keys, ("16", "64", "32", "torch_half", "1.0"), strict=True)),
+    ]
+    lines = uniform_table(rows).splitlines()
+    assert lines[2:] == ["| 1, 64 x 32 |  |  |  |  | 4.57 |  |  |", "| 16, 64 x 32 |  |  |  |  |  |  |  |"]
 
 
 def _run(module: object, *arguments: str) -> str:

@@ -35,6 +35,8 @@ between
 <!-- /results -->
 <!-- results:qat_language -->
 <!-- /results -->
+<!-- results:uniform_linear -->
+<!-- /results -->
 <!-- results:qat_step -->
 <!-- /results -->
 end
