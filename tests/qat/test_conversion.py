@@ -301,17 +301,6 @@ def test_converted_models_compile_to_one_graph() -> None:
     assert torch.equal(got, expected)
 
 
-@pytest.mark.filterwarnings("ignore::DeprecationWarning:torch", "ignore::FutureWarning:torch")
-def test_converted_layers_compile_with_inductor() -> None:
-    torch._dynamo.reset()
-    input = torch.randn(2, 3, 8, 8)
-    model = convert(prepare(convolutions().eval(), QATConfig(4, 8), batch=input))
-    with torch.no_grad():
-        expected = model(input)
-        got = torch.compile(model, fullgraph=True)(input)
-    assert bool(((got - expected).abs() <= 1e-5 * expected.abs().max()).all())
-
-
 def on_levels(model: nn.Module) -> nn.Module:
     """The float model whose weights of few bits lie on their levels."""
     levels = {
