@@ -19,6 +19,8 @@ if TYPE_CHECKING:
     from olive.qat.freezing import IterativeFreezing as IterativeFreezing
     from olive.qat.preparation import prepare as prepare
     from olive.qat.schedule import CosineSchedule as CosineSchedule
+    from olive.qat.selection import Selection as Selection
+    from olive.qat.selection import select as select
     from olive.qat.tracking import OscillationTracker as OscillationTracker
 
 _PUBLIC = {
@@ -29,12 +31,14 @@ _PUBLIC = {
     "IterativeFreezing": "olive.qat.freezing",
     "OscillationTracker": "olive.qat.tracking",
     "QATConfig": "olive.qat.config",
+    "Selection": "olive.qat.selection",
     "anneal": "olive.qat.annealing",
     "convert": "olive.qat.conversion",
     "dampening_loss": "olive.qat.dampening",
     "distill": "olive.qat.distillation",
     "distillation_loss": "olive.qat.distillation",
     "prepare": "olive.qat.preparation",
+    "select": "olive.qat.selection",
 }
 __all__ = [
     "ActivationQuantizer",
@@ -44,11 +48,13 @@ __all__ = [
     "IterativeFreezing",
     "OscillationTracker",
     "QATConfig",
+    "Selection",
     "anneal",
     "convert",
     "dampening_loss",
     "distill",
     "distillation_loss",
     "prepare",
+    "select",
 ]
 __getattr__, __dir__ = lazy_attributes(__name__, _PUBLIC)

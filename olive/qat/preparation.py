@@ -30,8 +30,8 @@ def prepare(model: nn.Module, config: QATConfig | None = None, *, batch: Any = N
 
     Linear layers, transformers' `Conv1D`, convolutions and the input embedding are exchanged for layers that
     quantize in the forward pass; parameters stay the same objects under the same names. Build the optimizer
-    afterwards: learned scales and offsets are parameters too. `olive.qat.selection.select` says what is left
-    alone and why.
+    afterwards: learned scales and offsets are parameters too. `olive.qat.select` says what is left alone
+        and why.
 
     Args:
         model: float, from transformers or not.

@@ -41,10 +41,12 @@ class Selection:
     Args:
         layers: to quantize.
         skipped: everything else with parameters, with the reason.
+        share: of all parameter values those in the weights of `layers`, 0 to 1.
     """
 
     layers: tuple[Layer, ...]
     skipped: tuple[Skipped, ...]
+    share: float
 
 
 def is_plain(module: nn.Module, base: type[nn.Module]) -> bool:
@@ -98,7 +100,8 @@ def _ends(model: nn.Module) -> set[nn.Module]:
 
 
 def select(model: nn.Module, config: QATConfig) -> Selection:
-    """Sort the modules of a float model.
+    """Sort the modules of a float model: what `prepare` would quantize, and what it would leave alone and
+    why.
 
     Args:
         model: any module.
@@ -130,7 +133,10 @@ def select(model: nn.Module, config: QATConfig) -> Selection:
         else:
             own = sum(one.numel() for one in module._parameters.values() if one is not None)
             skipped.append(Skipped(name, own, reason))
-    return Selection(tuple(layers), tuple(skipped))
+    weights = {id(layer.module.weight): layer.module.weight for layer in layers}
+    values = sum(weight.numel() for weight in weights.values())  # type: ignore[operator, misc]
+    total = sum(parameter.numel() for parameter in model.parameters())
+    return Selection(tuple(layers), tuple(skipped), values / total if total else 0.0)
 
 
 def _reason(name: str, config: QATConfig) -> str | None:

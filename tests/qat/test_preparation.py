@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 import olive
-from olive.qat import QATConfig, prepare
+from olive.qat import QATConfig, prepare, select
 from olive.qat.layers import QATConv1D, QATConv2d, QATEmbedding, QATLayer, QATLinear
 from olive.qat.preparation import prepared_config, quantizers
 from olive.qat.weight_quantizers import LSQWeight, MinMax, StatsQ
@@ -354,3 +354,10 @@ def test_wrong_types_are_refused() -> None:
         prepare(tiny_vit(), olive.QuantConfig())
     with pytest.raises(TypeError, match="expected a mapping, tuple, list, tensor"):
         prepare(tiny_vit(), FULL, batch=3)
+
+
+def test_select_tells_what_share_of_the_model_is_quantized() -> None:
+    model = nn.Sequential(nn.Linear(8, 16), nn.LayerNorm(16), nn.Linear(16, 16), nn.Linear(16, 4))
+    found = select(model, QATConfig())
+    assert found.share == (128 + 256 + 64) / sum(one.numel() for one in model.parameters())
+    assert [one.name for one in found.skipped] == ["1"]
