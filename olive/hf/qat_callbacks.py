@@ -109,6 +109,7 @@ class AnnealingCallback(TrainerCallback, ExportableState):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         """Refuse another boundary range than that of the run that is resumed; begin if it is time."""
+        self._let_go()
         saved = state.stateful_callbacks.get(type(self).__name__)  # type: ignore[union-attr]
         if saved is not None and state.global_step > 0:
             Annealing.check_state(saved["args"], self._boundary_range)
@@ -124,6 +125,9 @@ class AnnealingCallback(TrainerCallback, ExportableState):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         """Let all weights go."""
+        self._let_go()
+
+    def _let_go(self) -> None:
         if self._annealing is not None:
             self._annealing.detach()
             self._annealing = None

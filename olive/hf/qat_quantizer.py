@@ -42,8 +42,8 @@ class OliveQATHfQuantizer(HfQuantizer):
 
     @property
     def is_trainable(self) -> bool:
-        """Adapters on top can be trained; the codes cannot."""
-        return True
+        """Codes cannot be trained, and PEFT has no adapters for these layers."""
+        return False
 
     @property
     def is_compileable(self) -> bool:
@@ -94,6 +94,7 @@ class OliveQATHfQuantizer(HfQuantizer):
                 f"does not have"
             )
         exchange(model, replacements)
+        _untie(model)
         return model
 
     def _process_model_after_weight_loading(self, model: Any, **kwargs: Any) -> Any:

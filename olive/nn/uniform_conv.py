@@ -48,7 +48,7 @@ class UniformConv2d(nn.Module):
         return self.packed.bias
 
     def forward(self, input: Tensor) -> Tensor:
-        """[B, C, H, W] -> [B, N, H', W'], in the input's dtype."""
+        """[B, C, H, W] -> [B, N, H', W'], or both without B, in the input's dtype."""
         sizes = [
             (size + 2 * pad - kernel) // step + 1
             for size, pad, kernel, step in zip(
@@ -56,9 +56,10 @@ class UniformConv2d(nn.Module):
             )
         ]
         how: dict[str, Any] = {"padding": self.padding, "stride": self.stride}
-        patches = functional.unfold(input, self.kernel_size, **how).transpose(1, 2)  # [B, H' W', C kh kw]
+        patches = functional.unfold(input, self.kernel_size, **how).transpose(-1, -2)  # [B, H' W', C kh kw]
         output: Tensor = self.packed(patches)
-        return output.transpose(1, 2).reshape(input.shape[0], -1, *sizes)
+        shape = (*input.shape[:-3], self.packed.out_features, *sizes)
+        return output.transpose(-1, -2).reshape(shape)
 
     def extra_repr(self) -> str:
         return f"kernel_size={self.kernel_size}, stride={self.stride}, padding={self.padding}"

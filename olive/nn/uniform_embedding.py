@@ -53,9 +53,3 @@ class UniformEmbedding(nn.Module):
             return packed.scale.new_empty(shape, dtype=packed.dtype)
         values: Tensor = ops.uniform_decode(packed.codes[rows], packed.scale[rows], *size, packed.dtype)
         return values.view(shape)
-
-    def to_embedding(self) -> nn.Embedding:
-        """The float table with the decoded weight."""
-        table = nn.Embedding(self.num_embeddings, self.embedding_dim, _weight=self.packed.to_float())
-        table.weight.requires_grad_(False)
-        return table.train(self.training)

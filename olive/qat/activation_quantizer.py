@@ -8,7 +8,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from olive.ops.lsq import LEAST_SCALE, integer_range, lsq, lsq_initial_scale
+from olive.ops.lsq import LEAST_SCALE, lsq, lsq_initial_scale
 
 # Beside the formula's scale, so many are tried for the first batch: an eighth of it to eight times as much.
 _FACTORS = tuple(2.0 ** (step / 4) for step in range(-12, 13))
@@ -23,7 +23,9 @@ class ActivationQuantizer(nn.Module):
 
     Args:
         bits: 1 to 8.
-        shape: of the scale: 1, or the size of dimension `dim`; 0 = known from the first input on.
+        shape: of the scale: 1, or the size of dimension `dim`; 0 = known from the first input on. (Where
+            `dim` is -2, and the first input has no dimension before it, its rows are a batch, and share a
+            scale.)
         dim: of the input, from its end, along which scales differ, e.g. -2 for each position in a sequence,
             -1 for each channel; ignored where there is one.
         channels: of the two learned offsets along the last dimension, which begin as zero; 0 = no offsets.
@@ -97,6 +99,10 @@ class ActivationQuantizer(nn.Module):
         Raises:
             ValueError: NaN or infinity in the input.
         """
+        if input.numel() == 0:
+            raise ValueError(f"input: expected values in the first batch, got shape {tuple(input.shape)}")
+        if self.scale.shape[0] == 0 and input.dim() < 3 and self.dim == -2:
+            self.scale.data = torch.zeros(1, device=input.device)  # rows of a batch have no positions
         if self.scale.shape[0] == 0:  # one for each place
             self.scale.data = torch.zeros(input.shape[self.dim], device=input.device)
         self._check(input)
@@ -124,10 +130,6 @@ class ActivationQuantizer(nn.Module):
             return squares.mean().view(1)
         others = [one for one in range(input.dim()) if one != self.dim % input.dim()]
         return squares.mean(others) if others else squares
-
-    def integer_range(self) -> tuple[int, int]:
-        """(qmin, qmax) of the levels."""
-        return integer_range(self.bits, self._is_signed)
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
         stored = state_dict.get(f"{prefix}scale")

@@ -215,6 +215,13 @@ class QATAttention(nn.Module):
     def _merged(self, hidden: Tensor) -> tuple[Tensor, Tensor]:
         """Scaled logits [B, H, T, T] and values [B, G, T, d], from QKR's matrices."""
         weight = self._merged_weight()
+        if isinstance(weight, MergedWeight):
+            names = self.traits.projections[:2]
+            if not weight.is_of(*(self._modules[name] for name in names)):
+                raise ValueError(
+                    f"{self._name}: expected the projections that were there when the model was prepared "
+                    f"with qkr, got others in {' or '.join(names)}; adapters on them would have no effect"
+                )
         input = _quantize(self.input_quantizer, hidden)
         batch, length, columns = input.shape
         keys = weight.keys(hidden, input)
@@ -314,6 +321,14 @@ class QATAttention(nn.Module):
         self.value_quantizer = make(value, -1, value)
         self.probability_quantizer = make(positions, -2, signed=False)
 
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
+        merged = self.merged_weight
+        annealed = f"{prefix}merged_weight.frozen" in state_dict
+        loaded = f"{prefix}{self.traits.query}.weight" in state_dict
+        if isinstance(merged, MergedWeight) and loaded and not annealed:
+            merged.thaw()  # the checkpoint is from before annealing
+        super()._load_from_state_dict(state_dict, prefix, *args)
+
     def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
         return _blank, (self.origin.cls,), vars(self)  # no module holds the class under its name
 
@@ -375,7 +390,7 @@ def _check(module: nn.Module, config: QATConfig, name: str) -> Attention:
         raise ValueError(
             f"{name}: expected attention without rotary positions for qkr, got {cls} with them; q^T R(n-m) k "
             f"depends on the distance of two positions, so no single matrix per head stands for queries and "
-            f"keys; use qkr=False, or qkr only in layers without rotary positions, as SmolLM3 has"
+            f"keys; use qkr=False, or put this attention into skip"
         )
     return traits
 

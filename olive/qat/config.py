@@ -30,8 +30,8 @@ class QATConfig:
         activation_offsets: learn one offset per channel before and one after the quantizer of each layer's
             input. One that shifts a GELU's output lets it use all levels of an unsigned grid.
         quantize_attention: quantize the operands of attention's two products as well (queries, keys, values
-            and probabilities) to `activation_bits`, in the architectures of `olive.qat.ATTENTIONS`. None =
-            where `qkr` is used with `activation_bits`.
+            and probabilities) to `activation_bits`, in the architectures of
+            `olive.qat.attention_classes.ATTENTIONS`. None = where `qkr` is used with `activation_bits`.
         qkr: compute attention's logits from one quantized matrix per head, W_q^T W_k, instead of from
             quantized queries and keys (query-key reparameterization).
         first_last_bits: of the layer that reads the model's input, and of its heads, weights and activations
@@ -68,7 +68,7 @@ class QATConfig:
         self._check_group_size()
         self._check_attention()
         self._check_without_activations()
-        if isinstance(self.skip, str) or not all(isinstance(name, str) for name in self.skip):
+        if not isinstance(self.skip, (tuple, list)) or not all(isinstance(name, str) for name in self.skip):
             raise TypeError(f"skip: expected a tuple of module names, got {self.skip!r}")
         object.__setattr__(self, "skip", tuple(self.skip))
 
@@ -115,7 +115,7 @@ class QATConfig:
         unknown = sorted(set(values) - known)
         if unknown:
             raise ValueError(f"QATConfig: expected fields {sorted(known)}, got unknown {unknown}")
-        return cls(**{**values, **({"skip": tuple(values["skip"])} if "skip" in values else {})})
+        return cls(**values)
 
     def to_json(self) -> str:
         """One JSON object."""

@@ -11,6 +11,7 @@ from olive.config import QuantConfig
 from olive.frameworks import framework_models
 from olive.nn import UniformConv2d, UniformEmbedding
 from olive.nn.origin import take_over
+from olive.qat.activation_quantizer import ActivationQuantizer
 from olive.qat.attention import QATAttention
 from olive.qat.config import QATConfig
 from olive.qat.latent import LatentWeight
@@ -19,7 +20,7 @@ from olive.qat.packed_attention import pack_attention
 from olive.qat.packing import folded_bias, pack_linear
 from olive.qat.preparation import check_finite, prepared_config, quantizers, unprepare
 from olive.qat.undo import keeps_requires_grad
-from olive.qat.weight_quantizers import MinMax
+from olive.qat.weight_quantizers import LSQWeight, MinMax
 from olive.quantization import quantize
 from olive.walk import exchange
 
@@ -43,7 +44,7 @@ def convert(model: nn.Module, *, to: str = "uniform", config: QuantConfig | None
     Raises:
         TypeError: model or config of another type.
         ValueError: a model that is not prepared, or is sharded, scales of activations that no batch has set,
-            NaN or Inf in a weight, another target, or "ovp" after training with `qkr`.
+            NaN or Inf in a weight or scale, another target, or "ovp" after training with `qkr`.
     """
     prepared = _check(model, to, config)
     ends = [
@@ -77,6 +78,11 @@ def _check(model: object, to: str, config: object) -> QATConfig:
     if config is not None and to != "ovp":
         raise ValueError(f"config: expected None with to={to!r}, whose bits training has fixed, got one")
     if (prepared := prepared_config(model)) is None:
+        if any(isinstance(module, LatentWeight) for module in model.modules()):
+            raise ValueError(
+                f"model: expected the model that was prepared, got a {type(model).__name__} around it; pass "
+                f"the model inside (torch.compile: `_orig_mod`, DDP: `module`, PEFT: `get_base_model()`)"
+            )
         raise ValueError("model: expected a prepared model, got another; call olive.qat.prepare and train it")
     for name, module in model.named_modules():
         if isinstance(module, LatentWeight):
@@ -86,6 +92,10 @@ def _check(model: object, to: str, config: object) -> QATConfig:
                     f"dict, and load it into a prepared model that is not sharded"
                 )
             check_finite(name, module.latent())
+        if isinstance(module, (ActivationQuantizer, LSQWeight)):
+            for key, parameter in module.named_parameters(recurse=False):
+                if not bool(torch.isfinite(parameter.detach()).all()):
+                    raise ValueError(f"{name}.{key}: expected finite values, got NaN or Inf")
     unset = [name for name, one in quantizers(model).items() if not one.is_initialized]
     if unset:
         raise ValueError(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import MutableMapping
 from typing import Any
 
 import torch
@@ -66,6 +67,11 @@ class Distillation:
     def _mix(self, student: nn.Module, args: Any, kwargs: dict[str, Any], output: Any) -> Any:
         if not student.training:
             return None
+        if not isinstance(output, MutableMapping) or "logits" not in output:
+            raise ValueError(
+                f"distill: expected a model whose outputs hold logits, got {type(output).__name__}; call it "
+                f"with return_dict=True"
+            )
         logits = output["logits"]
         parameter = next(self.teacher.parameters(), None)
         if parameter is not None and parameter.device != logits.device:
@@ -73,7 +79,7 @@ class Distillation:
         without_labels = {key: value for key, value in kwargs.items() if key != "labels"}
         with torch.no_grad():
             expected = self.teacher(*args, **without_labels)["logits"]
-        mask = _counting_positions(logits, kwargs)
+        mask = _counting_positions(logits, kwargs, _is_causal(student))
         distilled = distillation_loss(logits, expected, temperature=self.temperature, mask=mask)
         if (items := kwargs.get("num_items_in_batch")) is not None:
             # The Trainer sums losses over the batches of a step, each a sum divided by this number.
@@ -83,13 +89,25 @@ class Distillation:
         return output
 
 
-def _counting_positions(logits: Tensor, kwargs: dict[str, Any]) -> Tensor | None:
-    """Which positions of token logits count: those with a label; without labels those attended to."""
+def _is_causal(model: nn.Module) -> bool:
+    """Whether the logits of a position are of the token after it."""
+    return type(model).__name__.endswith(("ForCausalLM", "LMHeadModel", "ForConditionalGeneration")) and not (
+        getattr(getattr(model, "config", None), "is_encoder_decoder", False)
+    )
+
+
+def _counting_positions(logits: Tensor, kwargs: dict[str, Any], causal: bool) -> Tensor | None:
+    """Which positions of token logits count: those with a label; without labels those attended to.
+
+    Args:
+        causal: whether a position's label is that of the next one.
+    """
     if logits.dim() != 3:
         return None
     labels, attended = kwargs.get("labels"), kwargs.get("attention_mask")
     if labels is not None and labels.shape == logits.shape[:2]:
-        return torch.ne(labels, _IGNORED)
+        counts = torch.ne(labels, _IGNORED)
+        return functional.pad(counts[:, 1:], (0, 1), value=False) if causal else counts
     if attended is None or attended.shape != logits.shape[:2]:
         return None
     mask: Tensor = attended.bool()
@@ -115,7 +133,8 @@ def distill(
         What undoes it (`remove`).
 
     Raises:
-        ValueError: a weight or temperature out of its range, or the model as its own teacher.
+        ValueError: a weight or temperature out of its range, or the model as its own teacher. In training, a
+            model whose outputs hold no logits.
     """
     if not 0 < weight <= 1:
         raise ValueError(f"weight: expected above 0 and up to 1, got {weight!r}")

@@ -74,6 +74,10 @@ class MergedWeight(LatentWeight):
         for name in ("frozen", "held"):
             self.register_buffer(name, None)
 
+    def is_of(self, query: nn.Module | None, key: nn.Module | None) -> bool:
+        """Whether these are the projections it multiplies."""
+        return query is self._projections[0] and key is self._projections[1]
+
     def forward(self) -> Tensor:
         """M on its levels, float32 [H C, C], with gradients to W_q and W_k."""
         quantized: Tensor = self.weight_quantizer(self._effective())
@@ -110,6 +114,10 @@ class MergedWeight(LatentWeight):
         if self.frozen is None:
             held = torch.zeros(self.heads * self.columns, self.columns, device=self._device())
             self.frozen, self.held = torch.zeros_like(held, dtype=torch.bool), held
+
+    def thaw(self) -> None:
+        """Forget what is frozen."""
+        self.frozen = self.held = None
 
     def hold(self, frozen: Tensor) -> None:
         """Freeze more entries at their present values; those that are frozen stay so, whatever `frozen` says.

@@ -48,16 +48,19 @@ def pack_attention(attention: QATAttention) -> QATAttention:
         assert isinstance(values, QATLinear)
         new.register_module(value, pack_linear(values, quantizer))
         bias = None if attention.key_offset is None else attention.key_offset.detach()
-        packed = pack_weight(merged.latent(), merged.weight_quantizer, bias, quantizer, new_dtype(attention))
+        packed = pack_weight(
+            merged.latent(), merged.weight_quantizer, bias, quantizer, _weight_dtype(attention)
+        )
         u = merged.key_bias()
         new.merged_weight = PackedMergedWeight(packed, None if u is None else u.detach())
         new.register_parameter("key_offset", None)
-    for parameter in new.parameters():
-        parameter.requires_grad_(False)
+    for module in new.modules():
+        if isinstance(module, ActivationQuantizer):
+            module.requires_grad_(False)
     return new
 
 
-def new_dtype(attention: QATAttention) -> torch.dtype:
+def _weight_dtype(attention: QATAttention) -> torch.dtype:
     """The dtype of the attention's float weights."""
     weight = attention.get_submodule(attention.traits.value).weight
     assert isinstance(weight, Tensor)

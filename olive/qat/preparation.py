@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from olive.frameworks import framework_models
 from olive.nn.ovp_weight import OVPWeight
+from olive.ops.schemas import FLOATS
 from olive.ptq.batches import run_batches
 from olive.qat.activation_quantizer import ActivationQuantizer
 from olive.qat.attention import QATAttention
@@ -44,7 +45,7 @@ def prepare(model: nn.Module, config: QATConfig | None = None, *, batch: Any = N
         The model. On any error it is left as it was.
 
     Raises:
-        TypeError: model or config of another type.
+        TypeError: model or config of another type, or a weight that is not float32, bfloat16 or float16.
         ValueError: a model that is prepared or quantized already, NaN or Inf in a weight, nothing to
             quantize, a name in `skip` that the model does not have, an attention that cannot be quantized
             as asked, or no batch where one is needed.
@@ -127,7 +128,18 @@ def _check_layers(model: nn.Module, config: QATConfig, selection: Selection) -> 
             f"({'; '.join(reasons) or 'no parameters'})"
         )
     for layer in selection.layers:
-        check_finite(layer.name, layer.module.weight)  # type: ignore[arg-type]
+        weight = layer.module.weight
+        assert isinstance(weight, Tensor)
+        if weight.dtype not in FLOATS:
+            raise TypeError(f"{layer.name}.weight: expected float32, bfloat16 or float16, got {weight.dtype}")
+        check_finite(layer.name, weight)
+        bits = config.first_last_bits if layer.role == "ends" else config.activation_bits
+        padded = isinstance(layer.module, nn.Conv2d) and any(layer.module.padding)
+        if padded and config.activation_bits is not None and bits == 1:
+            raise ValueError(
+                f"{layer.name}: expected more than 1 bit for the input of a convolution that pads with "
+                f"zeros, because levels of 1 bit have no zero; put it into skip"
+            )
 
 
 def check_finite(name: str, weight: Tensor) -> None:

@@ -16,6 +16,8 @@ from olive.walk import Skipped, output_heads, skip_matches, walk
 Role = Literal["body", "ends"]
 _NOT_CONVERTIBLE = "experts: quantization-aware training of stacked experts is not supported"
 _GROUPED = "grouped or dilated convolution, or a padding that is not a number of zeros"
+_READ = "torch's Transformer layer reads this weight without calling the layer"
+_ADAPTER = "adapter"
 _ENDS = "first or last layer, and first_last_bits is None"
 
 
@@ -65,6 +67,10 @@ def _convertible(module: nn.Module) -> bool:
     return module.groups == 1 and set(module.dilation) == {1} and padded
 
 
+def _is_table(module: nn.Module) -> bool:
+    return isinstance(module, nn.Embedding)
+
+
 def _multiplying(module: nn.Module) -> Iterator[tuple[str, nn.Module]]:
     for name, one in module.named_modules():
         if any(is_plain(one, base) for base in (nn.Linear, nn.Conv2d, nn.Embedding)):
@@ -86,7 +92,12 @@ def _ends(model: nn.Module) -> set[nn.Module]:
         except NotImplementedError:
             first = None
         if first is not None:
-            found.update(one for _, one in _multiplying(first))
+            inner = [one for _, one in _multiplying(first)]
+            tables = {id(one.weight) for one in inner if isinstance(one, nn.Embedding)}
+            found.update(inner)
+            found.update(
+                one for _, one in _multiplying(wrapped) if _is_table(one) and id(one.weight) in tables
+            )
         heads = output_heads(wrapped)
         base = getattr(wrapped, str(getattr(wrapped, "base_model_prefix", "")), None)
         if not heads and isinstance(base, nn.Module):
@@ -115,8 +126,19 @@ def select(model: nn.Module, config: QATConfig) -> Selection:
     layers: list[Layer] = []
     skipped: list[Skipped] = []
     reasons = {one.name: one for one in inventory.skipped}
+    read = {
+        part
+        for module in model.modules()
+        if isinstance(module, (nn.TransformerEncoderLayer, nn.TransformerDecoderLayer))
+        for part in (module.linear1, module.linear2)
+    }
     for name, module in model.named_modules():
-        if module in ends:
+        reason: str | None
+        if module in read:
+            reason = _READ
+        elif _is_adapter(name) and module in linear:
+            reason = _ADAPTER
+        elif module in ends:
             reason = _reason_at_an_end(name, module, config)
         elif module in linear:
             reason = None
@@ -137,6 +159,11 @@ def select(model: nn.Module, config: QATConfig) -> Selection:
     values = sum(weight.numel() for weight in weights.values())  # type: ignore[operator, misc]
     total = sum(parameter.numel() for parameter in model.parameters())
     return Selection(tuple(layers), tuple(skipped), values / total if total else 0.0)
+
+
+def _is_adapter(name: str) -> bool:
+    """Whether PEFT put this layer beside another one."""
+    return any(part.startswith("lora_") for part in name.split("."))
 
 
 def _reason(name: str, config: QATConfig) -> str | None:

@@ -36,11 +36,6 @@ class Grid(NamedTuple):
     qmin: int
     qmax: int
 
-    @property
-    def mid_rise(self) -> bool:
-        """Whether levels are odd multiples of half a step."""
-        return self.offset == 0.0
-
     def _step(self, values: Tensor) -> Tensor:
         """The step of each value, to divide by or multiply with: float32 [N, 1] or [N, K]."""
         groups, columns = int(self.step.shape[1]), int(values.shape[1])
@@ -225,4 +220,5 @@ class MinMax(ScaledWeight):
 
     def channel_scale(self, weight: Tensor) -> Tensor:
         _, qmax = integer_range(self.bits, signed=True)
-        return weight.detach().flatten(1).abs().amax(1).float() / qmax
+        # Four units in the last place more, so that the largest weight never counts as clipped.
+        return weight.detach().flatten(1).abs().amax(1).float() / qmax * (1 + 2.0**-22)

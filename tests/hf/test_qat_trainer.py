@@ -256,3 +256,15 @@ def test_trained_models_are_converted_and_saved(tmp_path: Path) -> None:
     loaded = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "converted")
     with torch.no_grad():
         assert torch.equal(loaded(**tokens()).logits, model(**tokens()).logits)
+
+
+def test_annealing_follows_the_optimizer_of_each_training() -> None:
+    model = prepare(tiny_vit(), QATConfig(2), batch=images())
+    callback = AnnealingCallback()
+    state = transformers.TrainerState(max_steps=10)
+    optimizers = [torch.optim.SGD(model.parameters(), lr=0.1) for _ in range(2)]
+    for (
+        optimizer
+    ) in optimizers:  # the first training ends by an exception, of which nobody tells the callback
+        callback.on_train_begin(None, state, None, model=model, optimizer=optimizer)
+    assert [len(steps_of(optimizer).before) for optimizer in optimizers] == [0, 1]
