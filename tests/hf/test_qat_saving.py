@@ -60,7 +60,11 @@ CASES: dict[str, Case] = {
 
 def converted(name: str, dtype: torch.dtype = torch.float32) -> tuple[nn.Module, Batch]:
     make, batch, config, _ = CASES[name]
-    model = make().to(dtype)
+    model = make()
+    angles = [(module, module.inv_freq) for module in model.modules() if hasattr(module, "inv_freq")]
+    model.to(dtype)
+    for module, frequencies in angles:
+        module.inv_freq = frequencies  # float32, as in a model that is loaded in another dtype
     data = {key: one.to(dtype) if one.is_floating_point() else one for key, one in batch().items()}
     prepare(model, config, batch=data)
     train(model, torch.optim.AdamW(model.parameters(), lr=1e-3), data, 2)

@@ -143,7 +143,10 @@ def test_positions_of_token_logits_that_count(case: str) -> None:
     if case == "labels":
         labels = ids.clone()
         labels[:, :4] = -100
-        arguments["labels"], counting = labels, labels != -100
+        arguments["labels"] = labels
+        counting = functional.pad(
+            labels[:, 1:] != -100, (0, 1), value=False
+        )  # a label is of the next position
     elif case == "all":
         del arguments["attention_mask"]
         counting = torch.ones_like(counting)
