@@ -123,7 +123,7 @@ class AnnealingCallback(TrainerCallback, ExportableState):
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """Let all weights go."""
+        """Stop freezing; frozen entries of merged matrices (`qkr`) stay as they are held."""
         if self._annealing is not None:
             self._annealing.detach()
             self._annealing = None

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
@@ -9,6 +11,7 @@ from olive.ops import oscillation_
 from olive.qat.weight_quantizers import Grid, MinMax, WeightQuantizer, local
 
 FREE = -(2**15)  # in `fixed`: this weight is not fixed
+_PASSING = ("_seen", "_held")
 
 
 class LatentWeight(nn.Module):
@@ -26,6 +29,7 @@ class LatentWeight(nn.Module):
     """
 
     weight_quantizer: WeightQuantizer
+    # What `forget` drops is neither copied nor pickled with the model: it follows from the weight.
     _seen: tuple[object, Tensor] | None = None  # of which state of the weight, what was inside the boundary
 
     def latent(self) -> Tensor:
@@ -90,6 +94,14 @@ class LatentWeight(nn.Module):
             near = self.weight_quantizer.margin(weight) <= boundary if weight.numel() else weight.bool()
             self._seen = (state, near)
         return self._seen[1]
+
+    def forget(self) -> None:
+        """Free what was remembered from one step to the next."""
+        for name in _PASSING:
+            vars(self).pop(name, None)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {name: value for name, value in vars(self).items() if name not in _PASSING}
 
     @torch.no_grad()
     def track(self) -> None:

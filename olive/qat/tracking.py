@@ -98,6 +98,8 @@ class OscillationTracker:
         if self._attached is not None:
             self._attached.detach()
             self._attached = None
+            for latent in self._latents.values():
+                latent.forget()
 
     @torch.no_grad()
     def layers(self) -> dict[str, LayerOscillation]:
