@@ -274,3 +274,14 @@ def test_a_process_without_rows_counts_none(weights: str) -> None:
     tracker = OscillationTracker(model)
     tracker.update()
     assert torch.equal(tracker.histogram(8), expected)
+
+
+def test_a_weight_of_another_shape_than_what_was_recorded_is_refused() -> None:
+    """As it is when a model was sharded after its tracker was made, which was not attached since."""
+    model = three()
+    tracker = OscillationTracker(model)
+    model[2].weight = nn.Parameter(model[2].weight.detach()[:3])
+    with pytest.raises(
+        ValueError, match=r"codes: expected .*attach trackers after fully_shard"
+    ):
+        tracker.update()
