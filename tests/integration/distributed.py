@@ -22,6 +22,7 @@ from torch import Tensor, nn
 
 from olive.hf import OscillationCallback
 from olive.qat import OscillationTracker, QATConfig, anneal, convert, dampening_loss, prepare
+from olive.qat.activation_quantizer import ActivationQuantizer
 from olive.qat.latent import latent_weights
 from olive.qat.preparation import quantizers
 from tests import models
@@ -220,6 +221,33 @@ def checkpoint_before_training(rank: int) -> Result:
     return {"saved": gathered(model), "loaded": gathered(other), "shares": callback.tracker.shares()}
 
 
+def ddp_with_other_signs(rank: int) -> Result:
+    """Processes that were prepared on other data: DDP writes the first one's tensors to all."""
+    from torch.nn.parallel import DistributedDataParallel
+
+    model = model_of(CONFIGS["statsq"])
+    if rank == 1:
+        for one in quantizers(model).values():
+            one.signed.logical_not_()
+            one.scale.data *= 3
+            one.refresh()
+    called, counted = DistributedDataParallel(model), []
+    with mock.patch.object(ActivationQuantizer, "refresh", autospec=True, side_effect=refresh) as refreshed:
+        for _ in range(6):
+            refreshed.reset_mock()
+            logits = called(**data(0)).logits.detach()
+            counted.append(refreshed.call_count)
+        signs = [one.is_signed for one in quantizers(model).values()]
+        for one in quantizers(model).values():
+            one.signed.logical_not_()  # a checkpoint that is loaded in place
+        called(**data(0))
+    others = [one.is_signed for one in quantizers(model).values()]
+    return {"logits": logits, "refreshed": counted, "signs": signs, "others": others}
+
+
+refresh = ActivationQuantizer.refresh
+
+
 def few_rows(rank: int) -> Result:
     """Of a weight of one row the second process has none."""
     from torch.distributed.fsdp import fully_shard
@@ -295,6 +323,7 @@ CASES: dict[str, Callable[[int], Result]] = {
     "fsdp conv1d by channels": fsdp_conv1d_by_channels,
     "callback before sharding": callback_before_sharding,
     "checkpoint before training": checkpoint_before_training,
+    "ddp with other signs": ddp_with_other_signs,
     "fsdp few rows": few_rows,
 }
 

@@ -173,3 +173,13 @@ def test_a_process_without_rows_takes_part(results: Any) -> None:
 def test_channels_along_the_second_dimension_are_followed(results: Any) -> None:
     for found in of(results, "fsdp conv1d by channels"):
         assert same(found["before"], found["after"])
+
+
+def test_ddp_gives_all_processes_the_first_one_s_signs(results: Any) -> None:
+    first, second = of(results, "ddp with other signs")
+    assert torch.equal(first["logits"], second["logits"])
+    assert first["signs"] == second["signs"]
+    for found in (first, second):
+        # DDP writes to buffers before each pass too; the device is not asked again.
+        assert found["refreshed"] == [len(found["signs"]), 0, 0, 0, 0, 0]
+        assert found["others"] == [not one for one in found["signs"]]

@@ -281,7 +281,5 @@ def test_a_weight_of_another_shape_than_what_was_recorded_is_refused() -> None:
     model = three()
     tracker = OscillationTracker(model)
     model[2].weight = nn.Parameter(model[2].weight.detach()[:3])
-    with pytest.raises(
-        ValueError, match=r"codes: expected .*attach trackers after fully_shard"
-    ):
+    with pytest.raises(ValueError, match=r"codes: expected .*attach trackers after fully_shard"):
         tracker.update()
