@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Callable
+from typing import Any, Self
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from olive.nn.keep_float32 import keeping_float32
 from olive.ops.lsq import LEAST_SCALE, integer_range, lsq, lsq_initial_scale
 
 # Beside the formula's scale, so many are tried for the first batch: an eighth of it to eight times as much.
@@ -163,6 +165,11 @@ class ActivationQuantizer(nn.Module):
         """
         if self._state() != self._written and not self.signed.is_meta:
             self.refresh()
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
+        # Steps in few bits would move by too much or not at all.
+        super()._apply(keeping_float32(fn, self.parameters(recurse=False)), recurse)  # type: ignore[no-untyped-call]
+        return self
 
     def extra_repr(self) -> str:
         sign = "signed" if self._is_signed else "unsigned"

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Callable
+from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
 
+from olive.nn.keep_float32 import keeping_float32
 from olive.ops import oscillation_
 from olive.qat.weight_quantizers import Grid, MinMax, WeightQuantizer, local
 
@@ -110,6 +112,11 @@ class LatentWeight(nn.Module):
     def _cut(self, whole: Tensor) -> Tensor:
         """A tensor of the weight's shape, sharded as the weight is."""
         raise NotImplementedError
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
+        # An average that moves by a thousandth, and what is frozen to the last bit, need all of theirs.
+        super()._apply(keeping_float32(fn, self.buffers(recurse=False)), recurse)  # type: ignore[no-untyped-call]
+        return self
 
     def forget(self) -> None:
         """Free what was remembered from one step to the next."""
