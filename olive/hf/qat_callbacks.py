@@ -25,7 +25,8 @@ class OscillationCallback(TrainerCallback):
     `qat/at_boundary` the share within the boundary range; both are in `trainer.state.log_history`. NaN in a
     latent weight stops the training with the layer's name at the next log. What is recorded lies in
     buffers of the model and is saved with it, so that training resumes exactly: build the callback before
-    `trainer.train(resume_from_checkpoint=...)`.
+    `trainer.train(resume_from_checkpoint=...)`. Where the Trainer shards the model (FSDP2), the buffers are
+    sharded when training begins, after a checkpoint is loaded.
 
     Args:
         model: prepared.
@@ -76,10 +77,13 @@ class OscillationCallback(TrainerCallback):
             logs.update(shares)
         if state.log_history:
             state.log_history[-1].update(shares)
-        if self._picture is not None and state.is_world_process_zero:
+        if self._picture is None:
+            return
+        found = self.tracker.snapshot()  # of processes that share weights each has to take part
+        if state.is_world_process_zero:
             from olive.reports.oscillations import draw_oscillations
 
-            draw_oscillations(self.tracker, self._picture, history=state.log_history)
+            draw_oscillations(found, self._picture, history=state.log_history)
 
 
 class AnnealingCallback(TrainerCallback, ExportableState):
@@ -124,7 +128,7 @@ class AnnealingCallback(TrainerCallback, ExportableState):
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """Let all weights go."""
+        """Stop freezing; frozen entries of merged matrices (`qkr`) stay as they are held."""
         self._let_go()
 
     def _let_go(self) -> None:

@@ -17,6 +17,7 @@ from olive.formats.uniform import (
     uniform_scale_shape,
     uniform_validate,
 )
+from olive.nn.keep_float32 import keeping_float32
 from olive.nn.lazy_weight import LazyWeight
 from olive.ops.lsq import integer_range
 
@@ -294,17 +295,7 @@ class UniformLinear(nn.Module):
         super()._load_from_state_dict(state_dict, prefix, local_metadata, strict, *lists)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
-        # As integers they keep their bits when the module is brought to another dtype.
-        device = self.codes.device
-        self._view_scales_as(torch.int32)
-        try:
-            super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
-        finally:
-            self._view_scales_as(torch.float32)
+        device, scales = self.codes.device, [self._buffers[name] for name in _FLOAT32_BUFFERS]
+        super()._apply(keeping_float32(fn, scales), recurse)  # type: ignore[no-untyped-call]
         self.dtype = fn(torch.empty(0, dtype=self.dtype, device=device)).dtype
         return self
-
-    def _view_scales_as(self, dtype: torch.dtype) -> None:
-        for name in _FLOAT32_BUFFERS:
-            if (buffer := self._buffers[name]) is not None:
-                self._buffers[name] = buffer.view(dtype)

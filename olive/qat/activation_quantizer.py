@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Callable
+from typing import Any, Self
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from olive.nn.keep_float32 import keeping_float32
 from olive.ops.lsq import LEAST_SCALE, lsq, lsq_initial_scale
 
 # Beside the formula's scale, so many are tried for the first batch: an eighth of it to eight times as much.
@@ -38,6 +40,7 @@ class ActivationQuantizer(nn.Module):
     signed: Tensor
     offset: nn.Parameter | None
     offset_after: nn.Parameter | None
+    _written: tuple[int, int] | None  # which state of the buffer `signed` `_is_signed` was read from
 
     def __init__(
         self,
@@ -59,6 +62,7 @@ class ActivationQuantizer(nn.Module):
         self._fixed_sign = signed
         self._is_signed = signed is not False  # the buffer's value, known without asking the device
         self.is_initialized = False
+        self._written = None
 
     @property
     def is_signed(self) -> bool:
@@ -74,10 +78,12 @@ class ActivationQuantizer(nn.Module):
         Raises:
             ValueError: another number of positions or channels than there are scales.
         """
+        if not torch.compiler.is_compiling():
+            self._look_for_writes()
         if self.offset is not None:
             input = input + self.offset.to(input.dtype)
         if not self.is_initialized:
-            self.initialize(input.detach())
+            self._set_up(input.detach())
         self._check(input)
         input = lsq(input, self.scale.float(), self.bits, self._is_signed, self.dim)
         return input if self.offset_after is None else input + self.offset_after.to(input.dtype)
@@ -92,6 +98,11 @@ class ActivationQuantizer(nn.Module):
             )
 
     @torch.compiler.disable  # type: ignore[untyped-decorator]
+    def _set_up(self, input: Tensor) -> None:
+        self.refresh()  # scales may have been loaded in place
+        if not self.is_initialized:
+            self.initialize(input)
+
     @torch.no_grad()
     def initialize(self, input: Tensor) -> None:
         """Set scale and sign for the least squared error on an input, offset included.
@@ -121,7 +132,7 @@ class ActivationQuantizer(nn.Module):
         self.scale.copy_(scales.gather(0, where[chosen][None])[0])
         self._is_signed = choices[chosen]
         self.signed.fill_(self._is_signed)
-        self.is_initialized = True
+        self.is_initialized, self._written = True, self._state()
 
     def _errors(self, input: Tensor, scale: Tensor, signed: bool) -> Tensor:
         """Squared error under each scale."""
@@ -143,7 +154,24 @@ class ActivationQuantizer(nn.Module):
         """Look up what the tensors say, after somebody else has written to them."""
         # Training may push a scale below zero, which counts as the least one.
         self.is_initialized = bool((self.scale.detach() != 0).any())
-        self._is_signed = bool(self.signed)
+        self._is_signed, self._written = bool(self.signed), self._state()
+
+    def _state(self) -> tuple[int, int]:
+        version = 0 if self.signed.is_inference() else self.signed._version  # inference tensors have none
+        return id(self.signed), version
+
+    def _look_for_writes(self) -> None:
+        """Refresh if somebody has written to `signed` in place: DDP as it is built, or a loader.
+
+        The version is known without asking the device. DDP's writes before each pass leave it as it is.
+        """
+        if self._state() != self._written and not self.signed.is_meta:
+            self.refresh()
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
+        # Steps in few bits would move by too much or not at all.
+        super()._apply(keeping_float32(fn, self.parameters(recurse=False)), recurse)  # type: ignore[no-untyped-call]
+        return self
 
     def extra_repr(self) -> str:
         sign = "signed" if self._is_signed else "unsigned"

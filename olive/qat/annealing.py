@@ -52,6 +52,16 @@ class Annealing(Attachment):
         for latent in self._latents.values():
             latent.restore()
 
+    def detach(self) -> None:
+        """Stop freezing, and free the copy of the weights; calling it again does nothing.
+
+        Weights of layers train on. Frozen entries of merged matrices (`qkr`) stay where they are held, since
+        W_q and W_k no longer say what they are.
+        """
+        super().detach()
+        for latent in self._latents.values():
+            latent.forget()
+
     def state_dict(self) -> dict[str, float]:
         """What a resumed run must have in common with this one; what is frozen follows from the weights."""
         return {"boundary_range": self.boundary_range}

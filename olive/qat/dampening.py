@@ -30,6 +30,9 @@ def dampening_loss(model: nn.Module) -> Tensor:
     terms = []
     for latent in latent_weights(model).values():
         weight = latent.trained().flatten(1).float()
+        if weight.numel() == 0:  # of a sharded weight other processes have all rows
+            terms.append(weight.sum())
+            continue
         with torch.no_grad():
             grid = latent.weight_quantizer.grid(weight)
             level = grid.level(grid.code(weight))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import MutableMapping
 from typing import Any
 
@@ -59,6 +60,18 @@ class Distillation:
     def attach(self, student: nn.Module) -> None:
         """Act on the student's outputs from now on."""
         self._handle = student.register_forward_hook(self._mix, with_kwargs=True)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Distillation:
+        """What a copy of the student has: the same teacher, since nothing changes it."""
+        new = memo[id(self)] = Distillation(self.teacher, self.weight, self.temperature)
+        new._handle = copy.deepcopy(self._handle, memo)
+        return new
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        raise TypeError(
+            "model: expected one without a teacher to pickle, got one under distillation; call remove() on "
+            "what olive.qat.distill returned first, or save model.state_dict()"
+        )
 
     def remove(self) -> None:
         """Leave the student's outputs as they are."""

@@ -56,6 +56,7 @@ class IterativeFreezing(Attachment):
         self._threshold: Schedule = threshold if callable(threshold) else lambda _: threshold
         self._latents = latent_weights(model)
         for latent in self._latents.values():
+            latent.shard()
             latent.average_codes()
         super().__init__(optimizer, restore=self._restore, observe=self._observe)
 

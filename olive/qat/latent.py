@@ -2,13 +2,20 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any, Self
+
 import torch
 from torch import Tensor, nn
 
+from olive.nn.keep_float32 import keeping_float32
 from olive.ops import oscillation_
 from olive.qat.weight_quantizers import Grid, MinMax, WeightQuantizer, local
 
 FREE = -(2**15)  # in `fixed`: this weight is not fixed
+# Buffers of the weight's shape, sharded as it is.
+_FOLLOWING = {"codes", "direction", "frequency", "average", "fixed"}
+_PASSING = ("_seen", "_held")
 
 
 class LatentWeight(nn.Module):
@@ -26,6 +33,7 @@ class LatentWeight(nn.Module):
     """
 
     weight_quantizer: WeightQuantizer
+    # What `forget` drops is neither copied nor pickled with the model: it follows from the weight.
     _seen: tuple[object, Tensor] | None = None  # of which state of the weight, what was inside the boundary
 
     def latent(self) -> Tensor:
@@ -92,6 +100,33 @@ class LatentWeight(nn.Module):
         return self._seen[1]
 
     @torch.no_grad()
+    def shard(self) -> None:
+        """Of buffers that were made or loaded before the weight was sharded keep this process's rows."""
+        if not self.is_sharded:
+            return
+        for name in _FOLLOWING & self._buffers.keys():
+            whole = self.get_buffer(name)
+            if not hasattr(whole, "to_local"):
+                self.register_buffer(name, self._cut(whole))
+
+    def _cut(self, whole: Tensor) -> Tensor:
+        """A tensor of the weight's shape, sharded as the weight is."""
+        raise NotImplementedError
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
+        # An average that moves by a thousandth, and what is frozen to the last bit, need all of theirs.
+        super()._apply(keeping_float32(fn, self.buffers(recurse=False)), recurse)  # type: ignore[no-untyped-call]
+        return self
+
+    def forget(self) -> None:
+        """Free what was remembered from one step to the next."""
+        for name in _PASSING:
+            vars(self).pop(name, None)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {name: value for name, value in vars(self).items() if name not in _PASSING}
+
+    @torch.no_grad()
     def track(self) -> None:
         """Begin to follow the codes; nothing where they are followed."""
         if "frequency" in self._buffers:
@@ -155,13 +190,13 @@ class LatentWeight(nn.Module):
         """This process's rows of a buffer.
 
         Raises:
-            ValueError: the weight was sharded after the buffer was made.
+            ValueError: the weight was sharded after the buffer was made, and `shard` not called.
         """
         found, expected = local(self.get_buffer(name)), self.latent().shape
         if found.shape != expected:
             raise ValueError(
-                f"{name}: expected shape {tuple(expected)}, got {tuple(found.shape)}; make trackers after "
-                f"fully_shard"
+                f"{name}: expected shape {tuple(expected)}, got {tuple(found.shape)}; attach trackers "
+                f"after fully_shard"
             )
         return found
 
@@ -223,7 +258,14 @@ class ParameterLatent(LatentWeight):
     def zeros(self, dtype: torch.dtype) -> Tensor:
         if not self.is_sharded:
             return super().zeros(dtype)
-        return torch.zeros_like(self.weight.detach(), dtype=dtype)
+        return torch.zeros_like(self.channels_first(self.weight.detach()), dtype=dtype)
+
+    def _cut(self, whole: Tensor) -> Tensor:
+        from torch.distributed.tensor import distribute_tensor
+
+        like: Any = self.channels_first(self.weight.detach())
+        # Each process has the whole, so none needs to send anything.
+        return distribute_tensor(whole, like.device_mesh, like.placements, src_data_rank=None)
 
 
 def latent_weights(model: nn.Module) -> dict[str, LatentWeight]:

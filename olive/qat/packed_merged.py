@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Self
+
 from torch import Tensor, nn
 
 from olive.nn import UniformLinear
+from olive.nn.keep_float32 import keeping_float32
 
 
 class PackedMergedWeight(nn.Module):
@@ -30,3 +34,8 @@ class PackedMergedWeight(nn.Module):
     def key_bias(self) -> Tensor | None:
         """u, float32 [H, C]."""
         return self.bias_of_keys
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
+        # It is added to logits in full precision.
+        super()._apply(keeping_float32(fn, [self.bias_of_keys]), recurse)  # type: ignore[no-untyped-call]
+        return self

@@ -253,7 +253,11 @@ def _refuse_unset_shards(model: nn.Module, args: Any) -> None:
     """A forward pre-hook: scales that lie in shards cannot be set in the first forward pass."""
     if torch.compiler.is_compiling() or vars(model).get(_READY):
         return
-    if all(one.is_initialized for one in quantizers(model).values()):
+    found = quantizers(model).values()
+    for one in found:
+        if not one.is_initialized:
+            one.refresh()  # a checkpoint may have been loaded in place
+    if all(one.is_initialized for one in found):
         vars(model)[_READY] = True
         return
     from torch.distributed.fsdp import FSDPModule

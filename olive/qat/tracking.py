@@ -39,6 +39,22 @@ class LayerOscillation:
     at_boundary: float
 
 
+@dataclass(frozen=True)
+class Oscillations:
+    """What a tracker knows at one moment, as plain values: what a picture is drawn of.
+
+    Args:
+        layers: by the name of the weight.
+        histogram: how many weights lie how far from their thresholds, as `OscillationTracker.histogram`.
+        threshold, boundary_range: the tracker's.
+    """
+
+    layers: dict[str, LayerOscillation]
+    histogram: list[float]
+    threshold: float
+    boundary_range: float
+
+
 class OscillationTracker:
     """Follows the codes of a prepared model's low-bit weights.
 
@@ -84,8 +100,13 @@ class OscillationTracker:
             latent.look(self.momentum, self.boundary_range)
 
     def attach(self, optimizer: Any) -> None:
-        """Look at the weights after each step of this optimizer, of torch's or wrapped by accelerate."""
+        """Look at the weights after each step of this optimizer, of torch's or wrapped by accelerate.
+
+        Where the model was sharded (FSDP2) after the tracker was made, what is recorded is sharded now.
+        """
         self.detach()
+        for latent in self._latents.values():
+            latent.shard()
         self._attached = Attachment(optimizer, observe=self.update)
 
     @property
@@ -98,6 +119,8 @@ class OscillationTracker:
         if self._attached is not None:
             self._attached.detach()
             self._attached = None
+            for latent in self._latents.values():
+                latent.forget()
 
     @torch.no_grad()
     def layers(self) -> dict[str, LayerOscillation]:
@@ -147,6 +170,14 @@ class OscillationTracker:
             "at_boundary": sum(one.at_boundary * one.values for one in layers) / total,
         }
 
+    def snapshot(self) -> Oscillations:
+        """What is known now. Where processes share weights, all of them must ask.
+
+        Raises:
+            ValueError: NaN in a latent weight, with the layer's name.
+        """
+        return Oscillations(self.layers(), self.histogram().tolist(), self.threshold, self.boundary_range)
+
     @torch.no_grad()
     def histogram(self, bins: int = HISTOGRAM_BINS) -> Tensor:
         """How many weights lie how far below (-) or above (+) their nearest threshold, of -0.5 to 0.5 steps.
@@ -158,6 +189,10 @@ class OscillationTracker:
         """
         parts = []
         for latent in self._latents.values():
-            distance = latent.grid().from_threshold(latent.latent()).double()
+            weight = latent.latent()
+            if weight.numel() == 0:  # of a sharded weight other processes have all rows
+                parts.append(torch.zeros(bins, dtype=torch.float64, device=weight.device))
+                continue
+            distance = latent.grid().from_threshold(weight).double()
             parts.append(torch.histc(distance, bins, -0.5, 0.5))
         return self._summed(parts).sum(0).cpu()

@@ -5,11 +5,13 @@ Each stands on a grid, which says how far a weight is from changing its code.
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from collections.abc import Callable
+from typing import NamedTuple, Self
 
 import torch
 from torch import Tensor, nn
 
+from olive.nn.keep_float32 import keeping_float32
 from olive.ops.lsq import LEAST_SCALE, integer_range, lsq, lsq_initial_scale
 from olive.ops.statsq import PER_CHANNEL, statsq, statsq_codes, statsq_margin
 
@@ -207,6 +209,11 @@ class LSQWeight(ScaledWeight):
 
     def channel_scale(self, weight: Tensor) -> Tensor:
         return self.scale.float()
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
+        # Steps in few bits would move by too much or not at all.
+        super()._apply(keeping_float32(fn, [self.scale]), recurse)  # type: ignore[no-untyped-call]
+        return self
 
 
 class MinMax(ScaledWeight):

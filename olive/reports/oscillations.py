@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-    from olive.qat.tracking import OscillationTracker
+    from olive.qat.tracking import Oscillations
 
 OSCILLATING = "qat/oscillating"
 AT_BOUNDARY = "qat/at_boundary"
@@ -17,12 +17,12 @@ _LABEL_LENGTH = 40
 
 
 def draw_oscillations(
-    tracker: OscillationTracker, path: str | Path, *, history: Sequence[Mapping[str, Any]] = ()
+    found: Oscillations, path: str | Path, *, history: Sequence[Mapping[str, Any]] = ()
 ) -> None:
     """Draw where latent weights lie around their thresholds, what of each layer oscillates, and since when.
 
     Args:
-        tracker: that has followed the model.
+        found: what a tracker's `snapshot` gives.
         path: of the picture; its ending says the kind (.png, .svg, .pdf).
         history: records with `step`, `qat/oscillating` and `qat/at_boundary`, as in the Trainer's
             `state.log_history`; without one that part is left out.
@@ -35,26 +35,24 @@ def draw_oscillations(
         from matplotlib.figure import Figure
     except ImportError:
         raise RuntimeError("matplotlib is not installed: `pip install olive-quant[report]`") from None
-    layers = tracker.layers()
     records = [one for one in history if OSCILLATING in one and "step" in one]
     parts = 2 + bool(records)
-    figure = Figure(figsize=(5.2 * parts, max(3.8, 0.16 * len(layers) + 1.2)), layout="constrained")
+    figure = Figure(figsize=(5.2 * parts, max(3.8, 0.16 * len(found.layers) + 1.2)), layout="constrained")
     FigureCanvasAgg(figure)  # of this figure alone: the user's choice of a backend stays
     axes = figure.subplots(1, parts)
-    _draw_histogram(axes[0], tracker)
-    _draw_layers(axes[1], {name: one.oscillating for name, one in layers.items()}, tracker.threshold)
+    _draw_histogram(axes[0], found)
+    _draw_layers(axes[1], {name: one.oscillating for name, one in found.layers.items()}, found.threshold)
     if records:
         _draw_history(axes[2], records)
     figure.savefig(Path(path))
 
 
-def _draw_histogram(axes: Axes, tracker: OscillationTracker) -> None:
-    counts = tracker.histogram()
-    share = 100 * counts / counts.sum().clamp(min=1)
+def _draw_histogram(axes: Axes, found: Oscillations) -> None:
+    counts, total = found.histogram, max(sum(found.histogram), 1)
     width = 1 / len(counts)
     centres = [-0.5 + width * (place + 0.5) for place in range(len(counts))]
-    axes.bar(centres, share.tolist(), width=width, color="#3f7d20")
-    axes.axvspan(-tracker.boundary_range, tracker.boundary_range, color="#c0392b", alpha=0.5, lw=0)
+    axes.bar(centres, [100 * one / total for one in counts], width=width, color="#3f7d20")
+    axes.axvspan(-found.boundary_range, found.boundary_range, color="#c0392b", alpha=0.5, lw=0)
     axes.set(
         title="Latent weights around their thresholds",
         xlabel="distance to the nearest threshold, steps (red: boundary range)",

@@ -10,13 +10,19 @@ import os
 import sys
 import traceback
 from collections.abc import Callable
+from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
+from unittest import mock
+from unittest.mock import ANY
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from olive.qat import OscillationTracker, QATConfig, anneal, convert, prepare
+from olive.hf import OscillationCallback
+from olive.qat import OscillationTracker, QATConfig, anneal, convert, dampening_loss, prepare
+from olive.qat.activation_quantizer import ActivationQuantizer
 from olive.qat.latent import latent_weights
 from olive.qat.preparation import quantizers
 from tests import models
@@ -167,6 +173,116 @@ def fsdp(kind: str, rank: int) -> Result:
     return result
 
 
+def callback_before_sharding(rank: int) -> Result:
+    """As under the Trainer: the callback exists before the model is sharded, and a log comes everywhere."""
+    found: Result = {"drawn": []}
+    for when in ("after", "before"):
+        model = model_of(CONFIGS["statsq"])
+        callback = None if when == "after" else callback_of(model)
+        shard(model)
+        callback = callback or callback_of(model)
+        follow(model, callback, rank)
+        found[when] = gathered(model)
+    state = SimpleNamespace(is_world_process_zero=rank == 0, log_history=[{"step": STEPS}])
+    with mock.patch(
+        "olive.reports.oscillations.draw_oscillations", lambda one, *_, **__: found["drawn"].append(one)
+    ):
+        callback.on_log(ANY, state, ANY, logs={})
+    return found | {"logged": state.log_history[-1], "histogram": callback.tracker.histogram().tolist()}
+
+
+def callback_of(model: nn.Module) -> OscillationCallback:
+    return OscillationCallback(model, momentum=0.2, boundary_range=RANGE, picture="unused.png")
+
+
+def follow(model: nn.Module, callback: OscillationCallback, rank: int) -> None:
+    """A few steps."""
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
+    callback.on_train_begin(ANY, ANY, ANY, optimizer=optimizer)
+    for step in range(STEPS):
+        optimizer.zero_grad()
+        model(**part(data(step), rank)).loss.backward()
+        optimizer.step()
+
+
+def checkpoint_before_training(rank: int) -> Result:
+    """As the Trainer resumes: the model is sharded, then loaded in place, then training begins."""
+    from torch.distributed import checkpoint
+
+    folder = Path(sys.argv[3]).parent / "checkpoint"
+    model = model_of(CONFIGS["lsq"])
+    follow(model, callback_of(shard(model)), rank)
+    checkpoint.save(model.state_dict(), checkpoint_id=folder)
+    other = model_of(CONFIGS["lsq"])
+    callback = callback_of(other)
+    shard(other)
+    checkpoint.load(other.state_dict(), checkpoint_id=folder)
+    callback.on_train_begin(ANY, ANY, ANY, optimizer=torch.optim.SGD(other.parameters(), lr=0.1))
+    return {"saved": gathered(model), "loaded": gathered(other), "shares": callback.tracker.shares()}
+
+
+def ddp_with_other_signs(rank: int) -> Result:
+    """Processes that were prepared on other data: DDP writes the first one's tensors to all."""
+    from torch.nn.parallel import DistributedDataParallel
+
+    model = model_of(CONFIGS["statsq"])
+    if rank == 1:
+        for one in quantizers(model).values():
+            one.signed.logical_not_()
+            one.scale.data *= 3
+            one.refresh()
+    called, counted = DistributedDataParallel(model), []
+    with mock.patch.object(ActivationQuantizer, "refresh", autospec=True, side_effect=refresh) as refreshed:
+        for _ in range(6):
+            refreshed.reset_mock()
+            logits = called(**data(0)).logits.detach()
+            counted.append(refreshed.call_count)
+        signs = [one.is_signed for one in quantizers(model).values()]
+        for one in quantizers(model).values():
+            one.signed.logical_not_()  # a checkpoint that is loaded in place
+        called(**data(0))
+    others = [one.is_signed for one in quantizers(model).values()]
+    return {"logits": logits, "refreshed": counted, "signs": signs, "others": others}
+
+
+refresh = ActivationQuantizer.refresh
+
+
+def few_rows(rank: int) -> Result:
+    """Of a weight of one row the second process has none."""
+    from torch.distributed.fsdp import fully_shard
+
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 1), nn.Linear(1, 8), nn.Linear(8, 8))
+    prepare(model, QATConfig(2, 4), batch=torch.randn(4, 8))
+    expected = dampening_loss(model).detach()
+    fully_shard(model)
+    loss = dampening_loss(model)
+    loss.backward()
+    total = loss.detach()
+    dist.all_reduce(total)
+    histogram = OscillationTracker(model).histogram(8)
+    return {"expected": expected, "dampening": total, "histogram": histogram}
+
+
+def fsdp_conv1d_by_channels(rank: int) -> Result:
+    """Output channels of Conv1D lie along its second dimension."""
+    from torch.distributed.fsdp import fully_shard
+    from torch.distributed.tensor import Shard
+
+    found = {}
+    for when in ("after", "before"):
+        torch.manual_seed(0)
+        model = prepare(models.gpt2(), QATConfig(2))
+        callback = None if when == "after" else callback_of(model)
+        fully_shard(model, shard_placement_fn=lambda one: Shard(1) if one.dim() == 2 else None)
+        tracker = (callback or callback_of(model)).tracker
+        tracker.attach(torch.optim.SGD(model.parameters(), lr=0.1))
+        tracker.update()
+        found[when] = gathered(model)
+    return found
+
+
 def fsdp_without_batch(rank: int) -> Result:
     model = shard(model_of(CONFIGS["statsq"], with_batch=False))
     try:
@@ -204,6 +320,11 @@ CASES: dict[str, Callable[[int], Result]] = {
     **{f"fsdp {kind}": lambda rank, kind=kind: fsdp(kind, rank) for kind in CONFIGS},
     "fsdp without batch": fsdp_without_batch,
     "fsdp conv1d": fsdp_conv1d,
+    "fsdp conv1d by channels": fsdp_conv1d_by_channels,
+    "callback before sharding": callback_before_sharding,
+    "checkpoint before training": checkpoint_before_training,
+    "ddp with other signs": ddp_with_other_signs,
+    "fsdp few rows": few_rows,
 }
 
 

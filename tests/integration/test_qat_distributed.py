@@ -138,3 +138,48 @@ def test_channels_that_are_cut_up_are_refused(who: str, results: Any) -> None:
     """FSDP2 shards the first dimension; in transformers' Conv1D that is the input's."""
     for found in of(results, "fsdp conv1d"):
         assert "transformer.h.0.attn.c_attn.weight: expected output channels that are whole" in found[who]
+
+
+def same(first: dict[str, torch.Tensor], second: dict[str, torch.Tensor]) -> bool:
+    return first.keys() == second.keys() and all(
+        torch.equal(one, second[name]) for name, one in first.items()
+    )
+
+
+def test_a_callback_built_before_sharding_follows_as_one_built_after(results: Any) -> None:
+    for found in of(results, "callback before sharding"):
+        assert same(found["before"], found["after"])
+        assert found["logged"]["qat/oscillating"] > 0
+
+
+def test_all_processes_count_for_the_picture_that_one_draws(results: Any) -> None:
+    first, second = of(results, "callback before sharding")
+    (picture,) = first["drawn"]
+    assert picture.histogram == first["histogram"] == second["histogram"] and second["drawn"] == []
+
+
+def test_a_sharded_checkpoint_is_loaded_before_training(results: Any) -> None:
+    for found in of(results, "checkpoint before training"):
+        assert same(found["saved"], found["loaded"])
+        assert found["shares"]["oscillating"] > 0
+
+
+def test_a_process_without_rows_takes_part(results: Any) -> None:
+    for found in of(results, "fsdp few rows"):
+        assert torch.allclose(found["dampening"], found["expected"])
+        assert found["histogram"].sum() > 0
+
+
+def test_channels_along_the_second_dimension_are_followed(results: Any) -> None:
+    for found in of(results, "fsdp conv1d by channels"):
+        assert same(found["before"], found["after"])
+
+
+def test_ddp_gives_all_processes_the_first_one_s_signs(results: Any) -> None:
+    first, second = of(results, "ddp with other signs")
+    assert torch.equal(first["logits"], second["logits"])
+    assert first["signs"] == second["signs"]
+    for found in (first, second):
+        # DDP writes to buffers before each pass too; the device is not asked again.
+        assert found["refreshed"] == [len(found["signs"]), 0, 0, 0, 0, 0]
+        assert found["others"] == [not one for one in found["signs"]]

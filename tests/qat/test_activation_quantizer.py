@@ -127,3 +127,57 @@ def test_compiles_without_a_break_once_ready() -> None:
     input = torch.randn(3, 8)
     expected = quantizer(input)
     assert torch.equal(torch.compile(quantizer, fullgraph=True, backend="aot_eager")(input), expected)
+
+
+def ready(input: Tensor) -> ActivationQuantizer:
+    quantizer = ActivationQuantizer(2)
+    quantizer(input)
+    return quantizer
+
+
+def copied(source: ActivationQuantizer, target: ActivationQuantizer) -> None:
+    """Load as `torch.distributed.checkpoint` does: the tensors are written, and no module is told."""
+    with torch.no_grad():
+        for name, tensor in target.state_dict().items():
+            tensor.copy_(source.state_dict()[name])
+
+
+@pytest.mark.parametrize("known", [False, True])
+def test_what_is_loaded_in_place_counts(known: bool) -> None:
+    input = torch.randn(64).relu()
+    first = ready(input)
+    second = ready(torch.randn(64)) if known else ActivationQuantizer(2)
+    copied(first, second)
+    assert torch.equal(second(torch.full((64,), 9.0)), first(torch.full((64,), 9.0)))
+    assert torch.equal(second(input), first(input)) and not second.is_signed
+    copied(ready(torch.randn(64)), second)
+    second(input)
+    assert second.is_signed
+
+
+def test_tensors_are_asked_only_after_somebody_wrote_to_them(monkeypatch: pytest.MonkeyPatch) -> None:
+    input = torch.randn(64)
+    quantizer = ready(input)
+    calls: list[int] = []
+    refresh = quantizer.refresh
+    monkeypatch.setattr(quantizer, "refresh", lambda: [calls.append(1), refresh()])
+    optimizer = torch.optim.SGD(quantizer.parameters(), lr=0.1)
+    for _ in range(3):
+        quantizer(input).sum().backward()
+        optimizer.step()
+    assert calls == []
+    quantizer.signed.fill_(False)
+    quantizer(input)
+    quantizer(input)
+    assert calls == [1] and not quantizer.is_signed
+
+
+def test_shapes_can_be_had_on_the_meta_device() -> None:
+    quantizer = ready(torch.randn(64)).to("meta")
+    assert quantizer(torch.empty(3, 4, device="meta")).shape == (3, 4)
+
+
+def test_tensors_made_in_inference_mode_have_no_versions() -> None:
+    with torch.inference_mode():
+        quantizer = ready(torch.randn(64))
+        assert quantizer(torch.randn(64)).shape == (64,)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import io
 from collections.abc import Callable, Iterable
 from typing import Any
 
@@ -328,3 +330,51 @@ def test_an_optimizer_wrapped_by_accelerate_is_found() -> None:
     inner = ANY(model.parameters())
     anneal(model, Accelerator(cpu=True).prepare(inner), RANGE)
     assert watched(model, inner, data, 2).passed()
+
+
+def passing(model: nn.Module) -> list[str]:
+    """What layers remember beside parameters and buffers."""
+    return [
+        name for one in latent_weights(model).values() for name in vars(one) if name in ("_seen", "_held")
+    ]
+
+
+@pytest.mark.parametrize("qkr", [False, True])
+def test_no_copy_of_the_weights_outlives_annealing(qkr: bool) -> None:
+    model, data = vit(QATConfig(2, 4, qkr=qkr))
+    tracker = OscillationTracker(model, optimizer=(optimizer := ANY(model.parameters())))
+    annealing = anneal(model, optimizer, RANGE)
+    train(model, optimizer, data, 2)
+    assert {"_seen", "_held"} == set(passing(model))
+    assert passing(copy.deepcopy(model)) == []
+    stream = io.BytesIO()
+    torch.save(model, stream)
+    stream.seek(0)
+    assert passing(torch.load(stream, weights_only=False)) == []
+    annealing.detach()
+    tracker.detach()
+    annealing.detach()
+    assert passing(model) == []
+
+
+def test_what_is_detached_leaves_another_annealing_at_work() -> None:
+    model, data = vit()
+    optimizer = ANY(model.parameters())
+    first, second = anneal(model, optimizer, RANGE), anneal(model, optimizer, RANGE)
+    train(model, optimizer, data, 1)
+    first.detach()
+    assert watched(model, optimizer, data, 2).passed()
+    second.detach()
+
+
+def test_frozen_entries_of_merged_matrices_stay_after_detaching() -> None:
+    model, data = vit(QATConfig(2, 4, qkr=True))
+    optimizer = ANY(model.parameters())
+    annealing = anneal(model, optimizer, RANGE)
+    train(model, optimizer, data, 2)
+    annealing.detach()
+    merged = {name: one for name, one in latent_weights(model).items() if "merged" in name}
+    held = {name: (one.get_buffer("frozen").clone(), one.latent()) for name, one in merged.items()}
+    train(model, optimizer, data, 1)
+    for name, (frozen, before) in held.items():
+        assert bool(frozen.any()) and torch.equal(merged[name].latent()[frozen], before[frozen])

@@ -87,3 +87,16 @@ def test_whole_models(name: str) -> None:
 def test_a_float_model_is_refused() -> None:
     with pytest.raises(ValueError, match="model: expected a prepared model"):
         dampening_loss(models.plain())
+
+
+@pytest.mark.parametrize("weights", ["statsq", "lsq"])
+def test_a_process_without_rows_adds_nothing(weights: str) -> None:
+    """As FSDP2 leaves the second of two processes with none of a weight of one row."""
+    model = prepared(weights, 2)
+    rest = dampening_loss(model)
+    model.append(type(model[1]).of(nn.Linear(4, 1), model[1].weight_quantizer))
+    model[3].weight = nn.Parameter(torch.empty(0, 4))
+    loss = dampening_loss(model)
+    loss.backward()
+    assert torch.equal(loss, rest)
+    assert model[3].weight.grad.shape == (0, 4)

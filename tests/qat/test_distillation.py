@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import io
 from pathlib import Path
 from typing import Any
 
@@ -214,3 +215,27 @@ def test_a_model_is_not_its_own_teacher() -> None:
     for teacher in (model, shallow):
         with pytest.raises(ValueError, match=r"teacher: expected a model of its own, .*copy\.deepcopy"):
             distill(model, teacher)
+
+
+def test_a_copy_of_the_model_has_the_same_teacher() -> None:
+    model, teacher = pair()
+    data = images()
+    handle = distill(model.train(), teacher)
+    twin = copy.deepcopy(model)
+    (hook,) = twin._forward_hooks.values()
+    assert hook.__self__ is not handle and hook.__self__.teacher is teacher
+    mixed = model(**data).loss
+    assert torch.equal(twin(**data).loss, mixed)
+    hook.__self__.remove()
+    assert not torch.equal(twin(**data).loss, mixed)
+    assert torch.equal(model(**data).loss, mixed)
+    assert copy.deepcopy(handle).teacher is teacher
+
+
+def test_a_model_with_a_teacher_is_not_pickled() -> None:
+    model, teacher = pair()
+    handle = distill(model, teacher)
+    with pytest.raises(TypeError, match=r"expected one without a teacher to pickle.* call remove\(\)"):
+        torch.save(model, io.BytesIO())
+    handle.remove()
+    torch.save(model, io.BytesIO())

@@ -361,3 +361,14 @@ def test_select_tells_what_share_of_the_model_is_quantized() -> None:
     found = select(model, QATConfig())
     assert found.share == (128 + 256 + 64) / sum(one.numel() for one in model.parameters())
     assert [one.name for one in found.skipped] == ["1"]
+
+
+def test_scales_loaded_in_place_are_not_set_by_the_first_batch() -> None:
+    first = prepare(tiny_vit(), QATConfig(2, 4), batch=images())
+    second = prepare(tiny_vit(seed=1), QATConfig(2, 4))
+    with torch.no_grad():
+        for name, tensor in second.state_dict().items():
+            tensor.copy_(first.state_dict()[name])
+    first.eval(), second.eval()
+    other = images(seed=3)
+    assert torch.equal(second(**other).logits, first(**other).logits)

@@ -262,3 +262,24 @@ def test_distances_are_signed() -> None:
         model[2].weight[:, 1] = 0.6
     found: Tensor = model[2].grid().from_threshold(model[2].weight.detach())
     assert torch.allclose(found[:, :2], torch.tensor([-0.2, 0.2]).expand(6, 2), atol=1e-6)
+
+
+@pytest.mark.parametrize("weights", ["statsq", "lsq"])
+def test_a_process_without_rows_counts_none(weights: str) -> None:
+    """As FSDP2 leaves the second of two processes with none of a weight of one row."""
+    model = three(weights=weights)
+    expected = OscillationTracker(model).histogram(8)
+    model.append(type(model[2]).of(nn.Linear(4, 1), model[2].weight_quantizer))
+    model[4].weight = nn.Parameter(torch.empty(0, 4))
+    tracker = OscillationTracker(model)
+    tracker.update()
+    assert torch.equal(tracker.histogram(8), expected)
+
+
+def test_a_weight_of_another_shape_than_what_was_recorded_is_refused() -> None:
+    """As it is when a model was sharded after its tracker was made, which was not attached since."""
+    model = three()
+    tracker = OscillationTracker(model)
+    model[2].weight = nn.Parameter(model[2].weight.detach()[:3])
+    with pytest.raises(ValueError, match=r"codes: expected .*attach trackers after fully_shard"):
+        tracker.update()
