@@ -39,8 +39,9 @@ $(VENV)/.installed: $(VENV)/.torch $(SOURCES)
 demo: install
 	$(BIN)/python examples/demo.py $(MODEL)
 
+# A process per core, each on files of its own, with one thread.
 test: install
-	$(BIN)/python -m pytest
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses auto --dist loadfile
 
 bench: install
 	$(BIN)/python -m bench.bench_ovp_linear
