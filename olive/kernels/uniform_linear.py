@@ -138,11 +138,9 @@ def uniform_linear_triton(
     if out.numel() == 0:
         return out
     input, codes, scale = input.contiguous(), codes.contiguous(), scale.contiguous()
-    # Sums of levels beside the products, and float32 without matrix units, would spill with 64 rows.
-    block_m, block_n = (
-        (16 if rows <= 16 else 64 if input.dtype in (torch.bfloat16, torch.float16) else 32),
-        64,
-    )
+    # Sums of levels or groups beside the products, and float32 without matrix units, spill with 64 rows.
+    whole = scale.shape[1] == 1 and input.dtype in (torch.bfloat16, torch.float16)
+    block_m, block_n = (16 if rows <= 16 else 64 if whole else 32), 64
     with torch.cuda.device_of(input):
         uniform_linear_kernel[(ceil_div(rows, block_m), ceil_div(out_features, block_n))](
             input,

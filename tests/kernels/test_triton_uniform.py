@@ -97,7 +97,7 @@ def test_compiles_to_matrix_units(capability: int, kind: str, levels: bool) -> N
     if levels:
         pointers |= {"x_ptr": "*i8", "x_scale_ptr": "*fp32", "bias_ptr": f"*{kind}"}
         constants = {}
-    for bits, group_size, block_m in ((2, 0, 16), (4, 128, 32 if levels else 64)):
+    for bits, group_size, block_m in ((2, 0, 16), (2, 0, 32 if levels else 64), (4, 128, 32)):
         compiled = compile_kernel(
             uniform_linear_kernel,
             pointers,
