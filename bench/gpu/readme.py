@@ -101,7 +101,7 @@ def gpu_tables(results: Path, ops: tuple[str, ...], table: Callable[[list[Row]],
     found = [
         rows
         for rows in files
-        if rows and "driver" in rows[0] and any(row["op"] in ops and row["median_ms"] for row in rows)
+        if rows and "driver" in rows[0] and any(row.get("op") in ops and row["median_ms"] for row in rows)
     ]
     if not found:
         return "Not measured yet: `make gpu` on a machine with a GPU writes the figures."
