@@ -142,12 +142,15 @@ def bench_shape(
         for name, timing in timings.items():
             size = bytes_read.get(name, n * k // 2)
             baseline = timings["torch_half"]
-            lines.append(row(name, m, n, k, dtype, group_size, timing, baseline, size))
+            op = "ovp_linear_quantized" if name in ACTIVATIONS else "ovp_linear"
+            backend = f"{name} {ops.cpu_backend()}" if name.startswith("olive") else name
+            lines.append(linear_row(op, backend, m, n, k, dtype, group_size, timing, baseline, size))
     return lines
 
 
-def row(
-    name: str,
+def linear_row(
+    op: str,
+    backend: str,
     m: int,
     n: int,
     k: int,
@@ -157,10 +160,9 @@ def row(
     baseline: Timing,
     bytes_read: int,
 ) -> dict[str, Any]:
-    """One line of the CSV; speed-up is against torch's linear in the activation's dtype."""
-    backend = f"{name} {ops.cpu_backend()}" if name.startswith("olive") else name
+    """One line of a CSV of linear layers; speed-up is against `baseline`, torch's linear."""
     return {
-        "op": "ovp_linear_quantized" if name in ACTIVATIONS else "ovp_linear",
+        "op": op,
         "backend": backend,
         "m": m,
         "n": n,

@@ -47,7 +47,7 @@ from olive.qat import (
 FULL_PRECISION = "full precision"
 RATE, LAST_RATE = 1e-3, 1e-5
 # While weights are frozen: large enough to carry those near a threshold out of the boundary range, 0.005
-# steps to either side (about 2e-4 here). With 1e-5 half of them are still in it after 15 epochs.
+# steps to either side (about 2e-4 here).
 ANNEALING_RATE = 2e-4
 MOMENTUM = 0.01  # of the moving average of oscillations: the trainings are too short for 0.001
 DAMPENING = 0.1

@@ -20,9 +20,9 @@ from rich.table import Table
 from torch import Tensor
 from torch.nn.functional import linear
 
-from bench.bench_ovp_linear import check_error, linear_call, memory_call, relative_error
-from bench.common import RESULTS, append_csv, environment
-from bench.timing import Timing, copies_for, take_turns
+from bench.bench_ovp_linear import check_error, linear_call, linear_row, memory_call, relative_error
+from bench.common import RESULTS, append_csv
+from bench.timing import copies_for, take_turns
 from olive import ops
 from olive.formats.uniform import pack_codes
 
@@ -109,31 +109,10 @@ def bench_shape(
                 bytes_read[name] = copies[0].numel()
         timings = take_turns(candidates, seconds)
         for name, timing in timings.items():
-            lines.append(row(name, m, n, k, group_size, timing, timings["torch_half"], bytes_read[name]))
+            backend = f"{name} {ops.cpu_backend()}" if name in KINDS else name
+            how = (m, n, k, torch.bfloat16, group_size, timing, timings["torch_half"], bytes_read[name])
+            lines.append(linear_row("uniform_linear", backend, *how))
     return lines
-
-
-def row(
-    name: str, m: int, n: int, k: int, group_size: int, timing: Timing, baseline: Timing, bytes_read: int
-) -> dict[str, Any]:
-    """One line of the CSV; speed-up is against torch's linear in bfloat16."""
-    return {
-        "op": "uniform_linear",
-        "backend": f"{name} {ops.cpu_backend()}" if name in KINDS else name,
-        "m": m,
-        "n": n,
-        "k": k,
-        "dtype": "bfloat16",
-        "group_size": group_size,
-        "median_ms": f"{timing.median * 1e3:.4f}",
-        "q20_ms": f"{timing.low * 1e3:.4f}",
-        "q80_ms": f"{timing.high * 1e3:.4f}",
-        "runs": timing.runs,
-        "weight_gb_s": f"{bytes_read / timing.median / 1e9:.2f}",
-        "gflop_s": f"{2 * m * n * k / timing.median / 1e9:.1f}",
-        "speedup": f"{baseline.median / timing.median:.3f}",
-        **environment(),
-    }
 
 
 def main(

@@ -18,6 +18,11 @@ def code_of(position: Tensor, qmin: int, qmax: int) -> Tensor:
     return position.floor().nan_to_num(0.0, float("inf"), float("-inf")).clamp(qmin, qmax)
 
 
+def from_threshold(position: Tensor, qmin: int, qmax: int) -> Tensor:
+    """Steps from the nearest threshold, below it negative: float32; of NaN it is NaN."""
+    return position - position.round().clamp(qmin + 1, qmax)
+
+
 def threshold_distance(position: Tensor, qmin: int, qmax: int) -> Tensor:
     """Steps to the nearest threshold: float32, at least 0; of NaN it is NaN."""
-    return (position - position.round().clamp(qmin + 1, qmax)).abs()
+    return from_threshold(position, qmin, qmax).abs()

@@ -21,7 +21,8 @@ class ActivationQuantizer(nn.Module):
 
     The first call sets the scale, and whether levels are signed, for the least squared error on its
     input, the mean over all processes where several train; before it the scale is zero. Scale and offsets
-    are float32 parameters; all are 1-D, so that recipes that spare vectors from weight decay spare them.
+    are float32 parameters; all are 1-D, so that recipes that spare vectors from weight decay spare them (the
+    Trainer of transformers goes by names, and does not).
 
     Args:
         bits: 1 to 8.

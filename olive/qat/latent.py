@@ -72,6 +72,11 @@ class LatentWeight(nn.Module):
         return tuple(numbers)
 
     @property
+    def shape(self) -> torch.Size:
+        """Of the latent weight, known without computing it."""
+        raise NotImplementedError
+
+    @property
     def is_sharded(self) -> bool:
         """Whether each process has some of the rows."""
         return False
@@ -138,10 +143,10 @@ class LatentWeight(nn.Module):
     @torch.no_grad()
     def look(self, momentum: float, boundary: float) -> None:
         """Follow the codes, and find what is inside the boundary, in one pass."""
-        weight = self.latent()
-        if weight.numel() == 0:
+        if self.shape.numel() == 0:
             return
-        grid = self.grid()
+        weight = self.latent()
+        grid = self.weight_quantizer.grid(weight)
         codes, direction, frequency = (self.buffer(name) for name in ("codes", "direction", "frequency"))
         found = oscillation_(
             weight,
@@ -170,7 +175,7 @@ class LatentWeight(nn.Module):
     @torch.no_grad()
     def fix(self, momentum: float, threshold: float | None) -> None:
         """Follow the average, and fix at it the weights whose frequency is above the threshold."""
-        if self.latent().numel() == 0:
+        if self.shape.numel() == 0:
             return
         average, fixed = self.buffer("average"), self.buffer("fixed")
         average.lerp_(self.buffer("codes").float(), momentum)
@@ -181,7 +186,7 @@ class LatentWeight(nn.Module):
     @torch.no_grad()
     def put_back_fixed(self) -> None:
         """Put fixed weights on the levels of their codes, on the grid as it is now."""
-        if self.latent().numel() == 0:
+        if self.shape.numel() == 0:
             return
         fixed = self.buffer("fixed")
         self.write(fixed != FREE, self.grid().level(fixed.flatten(1)).view(fixed.shape))
@@ -192,7 +197,7 @@ class LatentWeight(nn.Module):
         Raises:
             ValueError: the weight was sharded after the buffer was made, and `shard` not called.
         """
-        found, expected = local(self.get_buffer(name)), self.latent().shape
+        found, expected = local(self.get_buffer(name)), self.shape
         if found.shape != expected:
             raise ValueError(
                 f"{name}: expected shape {tuple(expected)}, got {tuple(found.shape)}; attach trackers "
@@ -206,7 +211,9 @@ class LatentWeight(nn.Module):
 
     def _code(self) -> Tensor:
         weight = self.latent()
-        return self.grid().code(weight).view(weight.shape) if weight.numel() else weight
+        if weight.numel() == 0:
+            return weight
+        return self.weight_quantizer.grid(weight).code(weight).view(weight.shape)
 
 
 class ParameterLatent(LatentWeight):
@@ -219,6 +226,10 @@ class ParameterLatent(LatentWeight):
     def channels_first(self, tensor: Tensor) -> Tensor:
         """The view [N, ...] of a tensor in the parameter's layout."""
         return tensor
+
+    @property
+    def shape(self) -> torch.Size:
+        return self.channels_first(local(self.weight.detach())).shape
 
     def latent(self) -> Tensor:
         return self.channels_first(local(self.weight.detach()))

@@ -87,6 +87,11 @@ class MergedWeight(LatentWeight):
         """Keys [B, T, H C] of quantized hidden states `input` [B, T, C]; `hidden` is not looked at."""
         return functional.linear(input, self().to(input.dtype))
 
+    @property
+    def shape(self) -> torch.Size:
+        """[H C, C], in every process."""
+        return torch.Size((self.heads * self.columns, self.columns))
+
     def latent(self) -> Tensor:
         """M, frozen entries as they are held; float32 [H C, C], a copy."""
         with torch.no_grad():

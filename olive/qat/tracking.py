@@ -193,6 +193,6 @@ class OscillationTracker:
             if weight.numel() == 0:  # of a sharded weight other processes have all rows
                 parts.append(torch.zeros(bins, dtype=torch.float64, device=weight.device))
                 continue
-            distance = latent.grid().from_threshold(weight).double()
+            distance = latent.weight_quantizer.grid(weight).from_threshold(weight).double()
             parts.append(torch.histc(distance, bins, -0.5, 0.5))
         return self._summed(parts).sum(0).cpu()

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from olive.nn.keep_float32 import keeping_float32
 from olive.ops.lsq import LEAST_SCALE, integer_range, lsq, lsq_initial_scale
 from olive.ops.statsq import PER_CHANNEL, statsq, statsq_codes, statsq_margin
+from olive.ops.thresholds import code_of, from_threshold
 
 
 def local(tensor: Tensor) -> Tensor:
@@ -56,8 +57,8 @@ class Grid(NamedTuple):
         return values / torch.where(step > 0, step, 1.0) + self.offset
 
     def code(self, weight: Tensor) -> Tensor:
-        """The weight's codes, float32 [N, K]; of NaN NaN."""
-        return self.position(weight).floor().clamp(self.qmin, self.qmax)
+        """The weight's codes, float32 [N, K]; NaN counts as a weight of code 0."""
+        return code_of(self.position(weight), self.qmin, self.qmax)
 
     def level(self, code: Tensor) -> Tensor:
         """The value a code [N, K] stands for, float32."""
@@ -65,8 +66,7 @@ class Grid(NamedTuple):
 
     def from_threshold(self, weight: Tensor) -> Tensor:
         """Signed distance to the nearest threshold, in steps, float32 [N, K]."""
-        position = self.position(weight)
-        return position - position.round().clamp(self.qmin + 1, self.qmax)
+        return from_threshold(self.position(weight), self.qmin, self.qmax)
 
 
 class Integers(NamedTuple):
